@@ -1,0 +1,246 @@
+"""The laboratory a lesson works in: it runs comparisons, prints and keeps what came out, and files it."""
+
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.rule import Rule
+
+from common import report
+from common.experiment import Comparison, EveryRunDiverged, compare, what_varies
+from common.statistics import NOT_JUDGED, Claim, Estimate, Range, judge
+from common.training import Recipe
+
+QUICK_EPOCHS = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line decided. `out` is the lesson's own folder."""
+
+    lesson: str
+    title: str
+    dataset: str
+    seeds: list[int]
+    device: str
+    jobs: int
+    quick: bool
+    out: Path
+
+    def same_numbers(self) -> dict[str, Any]:
+        """The settings that decide the numbers, as results.json holds them."""
+        return {"dataset": self.dataset, "seeds": self.seeds, "device": self.device, "quick": self.quick}
+
+
+def processor() -> str:
+    """The processor's name, as well as the platform tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.processor() or platform.machine()])[0]}, {os.cpu_count()} cores"
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """Versions, machine, and the hash of the code that decides the numbers."""
+    cuda = settings.device.startswith("cuda")
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": processor(),
+        "device_name": torch.cuda.get_device_name(settings.device) if cuda else settings.device,
+        "source": report.source_hash(settings.lesson),
+    }
+
+
+def earlier_record(path: Path) -> dict[str, Any]:
+    """The record an earlier run left, or an empty one if there is none or it cannot be read."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record if {"settings", "environment", "experiments", "claims"} <= record.keys() else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+class Lab:
+    """Hands a lesson its tools, prints what comes out, and keeps the record of every finished experiment."""
+
+    def __init__(self, settings: Settings, order: Sequence[str], console: Console, executor: Executor) -> None:
+        self.settings, self.order, self.console, self.executor = settings, order, console, executor
+        self.quick = settings.quick
+        self.started = time.perf_counter()
+        self.record = {
+            "lesson": settings.lesson,
+            "title": settings.title,
+            "settings": settings.same_numbers() | {"jobs": settings.jobs},
+            "seconds": 0.0,
+            "environment": environment(settings),
+            "experiments": {},
+            "claims": [],
+        }
+        self.set_aside = not self.continues(earlier_record(settings.out / "results.json"))
+        self.name = ""
+        self.entry: dict[str, Any] = {}
+        self.claims: list[Claim] = []
+
+    def continues(self, earlier: dict[str, Any]) -> bool:
+        """Take up an earlier record of the same settings and source, so that `--only` renews one experiment and keeps
+        the others. Otherwise the first file written sets the earlier run aside, under previous/.
+        """
+        same = bool(earlier) and earlier["environment"] == self.record["environment"]
+        if not same or not self.settings.same_numbers().items() <= earlier["settings"].items():
+            return False
+        self.record |= {"experiments": earlier["experiments"], "claims": earlier["claims"]}
+        return True
+
+    def folder(self) -> Path:
+        """The lesson's folder, ready to be written to."""
+        out = self.settings.out
+        if self.set_aside:
+            previous = out / "previous"
+            left = [path for path in out.glob("*.*") if path.is_file()]
+            if left:
+                shutil.rmtree(previous, ignore_errors=True)
+                previous.mkdir()
+            for path in left:
+                path.rename(previous / path.name)
+            self.set_aside = False
+        return out
+
+    def run(self, experiment: Callable[["Lab"], None]) -> None:
+        """Carry out one experiment: its question is the first paragraph of its docstring. File it when it is done."""
+        start = time.perf_counter()
+        self.name, self.claims = experiment.__name__, []
+        question = question_of(experiment)
+        self.entry = {"question": question, "varies": [], "baseline": None, "figures": [], "findings": [], "table": []}
+        self.console.print(Rule(f"{self.order.index(self.name) + 1} of {len(self.order)}: {self.name}", align="left"))
+        self.console.print(question, markup=False, highlight=False)
+        try:
+            experiment(self)
+        except EveryRunDiverged as error:
+            self.finding(f"The experiment ends here: {error}.")
+        if self.claims:
+            report.print_table(self.console, report.claims_table([report.claim_json(claim) for claim in self.claims]))
+        self.entry["seconds"] = time.perf_counter() - start
+        self.save()
+
+    def save(self) -> None:
+        """Write results.json and summary.md with everything finished so far."""
+        experiments = self.record["experiments"] | {self.name: self.entry}
+        others = [claim for claim in self.record["claims"] if claim["experiment"] != self.name]
+        claims = others + [report.claim_json(claim) for claim in self.claims]
+        self.record["experiments"] = {name: experiments[name] for name in self.order if name in experiments}
+        self.record["claims"] = sorted(claims, key=lambda claim: self.order.index(claim["experiment"]))
+        self.record["seconds"] = time.perf_counter() - self.started
+        folder = self.folder()
+        report.write_json(folder / "results.json", self.record)
+        summary = report.summary_markdown(report.plain(self.record))
+        report.write_whole(folder / "summary.md", lambda aside: aside.write_text(summary, encoding="utf-8"))
+
+    def compare(
+        self,
+        arms: dict[str, Recipe],
+        baseline: str | dict[str, str],
+        inspect: Callable[..., dict[str, Any]] | None = None,
+    ) -> Comparison:
+        """Train every arm on every seed; print what varies, what is held, and the two tables of losses."""
+        if self.quick:
+            arms = {arm: replace(recipe, epochs=min(recipe.epochs, QUICK_EPOCHS)) for arm, recipe in arms.items()}
+        varies, held = what_varies(list(arms.values()))
+        self.console.print(f"\nvaries: {', '.join(varies) or 'nothing'}", markup=False, highlight=False)
+        same = ", ".join(f"{name}={value}" for name, value in held.items() if value != "None")
+        self.console.print(f"held:   {same}", markup=False, highlight=False, style="dim")
+        seeds = self.settings.seeds
+        with progress() as bar:
+            task = bar.add_task(self.name, total=len(arms) * len(seeds))
+            settings = self.settings
+            runs = compare(
+                arms,
+                baseline,
+                seeds,
+                self.executor,
+                settings.dataset,
+                settings.device,
+                inspect,
+                lambda _: bar.advance(task),
+            )
+        self.table(report.loss_table(runs))
+        self.table(report.summary_table(runs))
+        for line in report.diverged_lines(runs):
+            self.finding(line)
+        self.entry["varies"] += [name for name in varies if name not in self.entry["varies"]]
+        self.entry["baseline"] = self.entry["baseline"] or next(iter(runs.baseline.values()))
+        self.entry.setdefault("arms", {}).update(report.arms_json(runs))
+        return runs
+
+    def table(self, table: report.Table) -> None:
+        """Print a table and keep it."""
+        report.print_table(self.console, table)
+        self.entry["table"].append({"title": table.title, "columns": table.columns, "rows": table.rows})
+
+    def finding(self, sentence: str) -> None:
+        """Print a sentence computed from the numbers, and keep it."""
+        self.console.print(f"• {sentence}", markup=False, highlight=False)
+        self.entry["findings"].append(sentence)
+
+    def figure(self, name: str, figure: Figure) -> None:
+        """Save the figure as `name`.png; in a notebook, show it too."""
+        path = self.folder() / f"{name}.png"
+        report.write_whole(path, lambda aside: figure.savefig(aside, dpi=110))
+        self.entry["figures"].append(path.name)
+        self.console.print(f"figure: {path}", markup=False, highlight=False, soft_wrap=True)
+        if in_notebook():
+            from IPython.display import display
+
+            display(figure)
+
+    def claim(self, statement: str, source: str, effect: Estimate, expected: Range, unit: str = "points") -> None:
+        """Judge a rule of thumb by a measured effect; the verdict is printed at the end of the experiment.
+
+        A quick run, too short to learn anything, judges nothing.
+        """
+        verdict = NOT_JUDGED if self.quick else judge(effect, expected)
+        id = f"{self.name}-{len(self.claims) + 1}"
+        self.claims.append(Claim(id, statement, source, self.name, expected, effect, unit, verdict))
+
+    def close(self) -> None:
+        """What we saw: every claim of the lesson by its verdict, and where the files are."""
+        self.console.print(Rule("What we saw", align="left"))
+        for line in report.verdict_lines(report.plain(self.record["claims"])):
+            self.console.print(line, markup=False, highlight=False)
+        seconds = self.record["seconds"]
+        self.console.print(f"\n{seconds:.0f} s after start-up; tables and numbers: ", end="")
+        self.console.print(f"{self.settings.out / 'summary.md'}", markup=False, highlight=False, soft_wrap=True)
+
+
+def question_of(experiment: Callable[[Lab], None]) -> str:
+    """The first paragraph of an experiment's docstring, on one line."""
+    return " ".join((experiment.__doc__ or "").split("\n\n")[0].split())
+
+
+def progress() -> Progress:
+    """A bar with the time left, on stderr; nothing when that is not a terminal."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    error = Console(stderr=True)
+    return Progress(*columns, console=error, transient=True, disable=not error.is_terminal)
+
+
+def in_notebook() -> bool:
+    """Whether this runs in a notebook's kernel."""
+    return "ipykernel" in sys.modules
