@@ -43,6 +43,15 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def choose_jobs(asked: int | None, device: str) -> int:
+    """Runs at a time: one per core on the CPU; one where processes would not help (a GPU) or could not be started
+    (a notebook where they are spawned: they cannot import its cells).
+    """
+    if device != "cpu" or (in_notebook() and sys.platform != "linux"):
+        return 1
+    return asked or available_cores()
+
+
 def choose_device(name: str) -> str:
     """The device for `--device`: auto is the CPU for digits, too small for a GPU to gain anything.
 
@@ -121,7 +130,7 @@ def run_lesson(
     chosen = [each for each in experiments if not options.only or each.__name__ in options.only]
     count = options.seeds or (QUICK_SEEDS if options.quick else 10)
     seeds = list(range(options.first_seed, options.first_seed + count))
-    jobs = (options.jobs or available_cores()) if options.device == "cpu" else 1
+    jobs = choose_jobs(options.jobs, options.device)
     out = options.out.expanduser() / lesson
     settings = Settings(lesson, title, options.dataset, seeds, options.device, jobs, options.quick, out)
     finished: list[str] = []

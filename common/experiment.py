@@ -21,7 +21,7 @@ from common.statistics import Estimate, estimate, paired_difference, points
 from common.training import Recipe, Run, fit
 
 
-class EveryRunDiverged(LessonError):
+class AllDivergedError(LessonError):
     """A trained model was to be looked at, and there is none."""
 
 
@@ -66,8 +66,7 @@ def workers(jobs: int, dataset: str) -> Iterator[Executor]:
     if jobs == 1:
         yield SameProcess()
         return
-    method = "fork" if "linux" in sys.platform else "spawn"
-    context = multiprocessing.get_context(method)
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker, initargs=(dataset,))
     try:
         pool.submit(int).result()  # fork now, while this process has no other thread
@@ -134,11 +133,11 @@ class Comparison:
     def notes(self, name: str, arm: str) -> np.ndarray:
         """A note that a hook or `inspect` left in each run of the arm, stacked: (seeds, …); NaN for diverged runs.
 
-        Raises EveryRunDiverged when no run of any arm left such a note.
+        Raises AllDivergedError when no run of any arm left such a note.
         """
         kept = [run.notes[name] for row in self.runs.values() for run in row if name in run.notes]
         if not kept:
-            raise EveryRunDiverged(f"every run diverged: there is no {name!r} to look at")
+            raise AllDivergedError(f"every run diverged: there is no {name!r} to look at")
         lost = np.full(np.shape(kept[0]), np.nan)
         return np.array([run.notes.get(name, lost) for run in self.runs[arm]], dtype=float)
 
@@ -174,12 +173,11 @@ def compare(
     baseline: the arm all others are compared with, or for each arm the name of its own.
     inspect: see `fit`. advance: called once for each run that ended.
 
-    Raises LessonError when a recipe holds a function that no other process could find, and ValueError when a
-    baseline is not among the arms.
+    Raises LessonError when a recipe holds a function that no other process could find, or a baseline is no arm.
     """
     pairs = dict.fromkeys(arms, baseline) if isinstance(baseline, str) else baseline
-    if set(pairs) != set(arms) or not set(pairs.values()) <= set(arms):
-        raise ValueError(f"every arm needs a baseline that is an arm: {sorted(set(pairs.values()) ^ set(arms))}")
+    if unknown := (set(pairs) ^ set(arms)) | (set(pairs.values()) - set(arms)):
+        raise LessonError(f"every arm needs a baseline that is an arm; look at {', '.join(sorted(unknown))}")
     try:
         pickle.dumps((arms, inspect))
     except (pickle.PicklingError, AttributeError, TypeError) as error:

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.rule import Rule
 
 from common import report
-from common.experiment import Comparison, EveryRunDiverged, compare, what_varies
+from common.experiment import AllDivergedError, Comparison, compare, what_varies
 from common.statistics import NOT_JUDGED, Claim, Estimate, Range, judge
 from common.training import Recipe
 
@@ -114,7 +114,7 @@ class Lab:
         out = self.settings.out
         if self.set_aside:
             previous = out / "previous"
-            left = [path for path in out.glob("*.*") if path.is_file()]
+            left = [path for name in ("results.json", "summary.md", "*.png") for path in out.glob(name)]
             if left:
                 shutil.rmtree(previous, ignore_errors=True)
                 previous.mkdir()
@@ -133,7 +133,7 @@ class Lab:
         self.console.print(question, markup=False, highlight=False)
         try:
             experiment(self)
-        except EveryRunDiverged as error:
+        except AllDivergedError as error:
             self.finding(f"The experiment ends here: {error}.")
         if self.claims:
             report.print_table(self.console, report.claims_table([report.claim_json(claim) for claim in self.claims]))
@@ -206,9 +206,9 @@ class Lab:
         self.entry["figures"].append(path.name)
         self.console.print(f"figure: {path}", markup=False, highlight=False, soft_wrap=True)
         if in_notebook():
-            from IPython.display import display
+            from IPython.display import Image, display
 
-            display(figure)
+            display(Image(path))
 
     def claim(self, statement: str, source: str, effect: Estimate, expected: Range, unit: str = "points") -> None:
         """Judge a rule of thumb by a measured effect; the verdict is printed at the end of the experiment.

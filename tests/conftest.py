@@ -1,0 +1,29 @@
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+LESSONS = sorted(path.stem for path in ROOT.glob("[0-9][0-9]_*.py"))
+
+
+def load_lesson(name: str) -> ModuleType:
+    """Import a lesson, whose name is no identifier; registered, so that its functions can be pickled."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture
+def lesson14() -> ModuleType:
+    return load_lesson("14_dropout_regularization")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)

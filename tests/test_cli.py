@@ -1,0 +1,231 @@
+"""The command line, the laboratory and the files it leaves, on a lesson small enough to run in a second."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from recipes import DIVERGES, SMALL
+
+from common import report
+from common.cli import available_cores, choose_device, choose_jobs, run_lesson
+from common.data import LessonError
+from common.lab import Lab
+from common.plotting import new_figure, plot_curves
+from common.statistics import above
+
+
+def first(lab: Lab) -> None:
+    """What does the first
+    experiment ask?
+
+    No reader sees this paragraph in the table of contents.
+    """
+    runs = lab.compare({"plain": SMALL, "diverges": DIVERGES}, "plain")
+    figure, (ax,) = new_figure("Does it?")
+    plot_curves(ax, runs, "validation_loss")
+    lab.figure("first", figure)
+    lab.claim("Rates of 1e3 help", "nobody", runs.gain("diverges"), above(0))
+    lab.claim("Training helps", "everybody", runs.estimate("test_accuracy", "plain"), above(0.01), "")
+
+
+def second(lab: Lab) -> None:
+    """And the second?"""
+    lab.table(report.Table("A mechanism", ["layer", "zeros"], [["a", "0.5"]]))
+
+
+def everything_diverges(lab: Lab) -> None:
+    """Does a lesson survive when nothing is left to look at?"""
+    runs = lab.compare({"diverges": DIVERGES}, "diverges")
+    runs.notes("accuracy", "diverges")
+
+
+EXPERIMENTS = [first, second, everything_diverges]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run the fake lesson with these words; returns (exit code, stdout, stderr, its folder)."""
+    shutil.copytree(ROOT / "common", tmp_path / "common")
+    (tmp_path / "99_fake.py").write_text("X = 1\n")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+
+    def call(*words: str):
+        code = 0
+        try:
+            run_lesson("99_fake", "A fake lesson", EXPERIMENTS, ["--out", str(tmp_path / "out"), *words])
+        except SystemExit as error:
+            code = error.code
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err, tmp_path / "out" / "99_fake"
+
+    return call
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_run_leaves_results_summary_and_figures(run):
+    code, out, err, folder = run("--seeds", "2", "--jobs", "1")
+    assert (code, err) == (0, "")
+    record = read(folder)
+    assert list(record["experiments"]) == ["first", "second", "everything_diverges"]
+    entry = record["experiments"]["first"]
+    assert entry["question"] == "What does the first experiment ask?"
+    assert set(entry["varies"]) >= {"model", "optimizer.lr", "optimizer.momentum"}
+    assert entry["baseline"] == "plain"
+    assert entry["figures"] == ["first.png"]
+    assert record["experiments"]["second"]["table"][0]["rows"] == [["a", "0.5"]]
+    assert "arms" not in record["experiments"]["second"]
+    assert record["settings"] == {"dataset": "digits", "seeds": [0, 1], "device": "cpu", "quick": False, "jobs": 1}
+    assert set(record["environment"]) == {"python", "torch", "numpy", "platform", "cpu", "device_name", "source"}
+    assert "The experiment ends here: every run diverged" in out
+    summary = (folder / "summary.md").read_text()
+    assert "![first](first.png)" in summary
+    for line in ("diverges: 2 of 2 runs diverged at step", "| Training helps (everybody) |", "## second"):
+        assert line in summary
+    assert sorted(path.name for path in folder.iterdir()) == ["first.png", "results.json", "summary.md"]
+
+
+def test_claims_are_judged_by_the_run_and_by_no_quick_run(run):
+    *_, folder = run("--seeds", "3", "--only", "first")
+    helps = {claim["statement"]: claim for claim in read(folder)["claims"]}
+    assert helps["Training helps"]["verdict"] == "holds here"
+    assert helps["Training helps"]["estimate"]["n"] == 3
+    assert helps["Rates of 1e3 help"]["verdict"] == "unclear"
+    assert helps["Rates of 1e3 help"]["estimate"] == {"mean": None, "low": None, "high": None, "n": 0, "unit": "points"}
+    *_, folder = run("--quick", "--only", "first")
+    assert {claim["verdict"] for claim in read(folder)["claims"]} == {"not judged"}
+    assert read(folder)["settings"]["seeds"] == [0, 1]
+
+
+def test_only_renews_one_experiment_and_keeps_the_others(run):
+    run("--seeds", "2", "--only", "first", "second")
+    *_, folder = run("--seeds", "2", "--only", "second", "--jobs", "1")
+    assert list(read(folder)["experiments"]) == ["first", "second"]
+    assert len(read(folder)["claims"]) == 2
+    assert not (folder / "previous").exists()
+
+
+def test_a_run_with_other_settings_sets_the_one_before_aside(run):
+    run("--seeds", "2", "--only", "first")
+    *_, folder = run("--seeds", "1", "--only", "second")
+    assert list(read(folder)["experiments"]) == ["second"]
+    assert list(read(folder / "previous")["experiments"]) == ["first"]
+    assert (folder / "previous" / "first.png").exists()
+    assert not (folder / "first.png").exists()
+
+
+def test_a_changed_script_sets_its_old_results_aside(run, tmp_path):
+    run("--seeds", "1", "--only", "first")
+    (tmp_path / "99_fake.py").write_text("X = 2\n")
+    *_, folder = run("--seeds", "1", "--only", "second")
+    assert list(read(folder)["experiments"]) == ["second"]
+    assert list(read(folder / "previous")["experiments"]) == ["first"]
+
+
+def test_a_broken_results_file_is_set_aside_too(run):
+    *_, folder = run("--seeds", "1", "--only", "second")
+    (folder / "results.json").write_text('{"half')
+    code, *_ = run("--seeds", "1", "--only", "second")
+    assert code == 0
+    assert list(read(folder)["experiments"]) == ["second"]
+    assert (folder / "previous" / "results.json").read_text() == '{"half'
+
+
+def test_list_names_the_questions_and_runs_nothing(run):
+    code, out, _, folder = run("--list")
+    assert code == 0
+    assert "first: What does the first experiment ask?\n" in out
+    assert "No reader" not in out
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dataset", "imagenet"], "'imagenet' is not one of digits"),
+        (["--seeds", "0"], "'0' is not a whole number of at least 1"),
+        (["--seeds", "ten"], "'ten' is not a whole number"),
+        (["--seeds", "2.5"], "'2.5' is not a whole number"),
+        (["--first-seed", "-1"], "'-1' is not a whole number of at least 0"),
+        (["--jobs", "0"], "'0' is not a whole number of at least 1"),
+        (["--only", "third"], "no experiment 'third'; there are first, second, everything_diverges"),
+        (["--only"], "expected at least one argument"),
+        (["--device", "tpu"], "'tpu' is not one of auto, cpu, cuda, cuda:N, mps"),
+        (["--device", "cuda:x"], "'cuda:x' is not one of"),
+        (["--device", "cpu:1"], "'cpu:1' is not one of"),
+        (["--epochs", "3"], "unrecognized arguments: --epochs 3"),
+    ],
+)
+def test_wrong_words_get_one_line_and_exit_code_2(run, words, message):
+    code, out, err, folder = run(*words)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert out == ""
+    assert not folder.exists()
+
+
+def test_a_device_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(LessonError, match="no CUDA device here; use --device cpu"):
+        choose_device("cuda")
+    with pytest.raises(LessonError, match="no MPS device here"):
+        choose_device("mps")
+    assert choose_device("auto") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert choose_device("cuda:0") == "cuda:0"
+    with pytest.raises(LessonError, match="1 CUDA devices are here"):
+        choose_device("cuda:1")
+
+
+def test_a_folder_that_cannot_be_written(run, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    code, _, err, _ = run("--out", str(tmp_path / "file"))
+    assert code == 2
+    assert "cannot write to" in err
+    assert err.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line(run, monkeypatch):
+    *_, folder = run("--seeds", "1", "--only", "second")
+    before = (folder / "results.json").read_text()
+
+    def full(path: Path, write) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(report, "write_whole", full)
+    code, _, err, _ = run("--seeds", "1", "--only", "second")
+    assert code == 1
+    assert "No space left on device" in err
+    assert err.count("\n") == 1
+    assert (folder / "results.json").read_text() == before
+
+
+def test_too_few_examples_is_one_line(run, monkeypatch):
+    from dataclasses import replace
+
+    monkeypatch.setattr("test_cli.SMALL", replace(SMALL, examples=5000))
+    code, _, err, _ = run("--only", "first", "--seeds", "1")
+    assert code == 2
+    assert "5000 training examples asked for" in err
+    assert err.count("\n") == 1
+
+
+def test_jobs_by_device_and_place(monkeypatch):
+    assert choose_jobs(None, "cpu") == available_cores()
+    assert choose_jobs(5, "cpu") == 5
+    assert choose_jobs(5, "cuda") == 1
+    monkeypatch.setattr("common.cli.in_notebook", lambda: True)
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert choose_jobs(5, "cpu") == 1
+
+
+def test_cores_are_those_this_process_may_use():
+    assert 1 <= available_cores() <= 1024

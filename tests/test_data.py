@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+import torch
+
+from common.data import Batch, LessonError, derive, load, make_split, minibatches, mislabel, stratified_order
+
+DIGITS = load("digits")
+
+
+def test_digits_are_the_real_ones():
+    assert DIGITS.x.shape == (1797, 1, 8, 8)
+    assert DIGITS.task == ((1, 8, 8), 10)
+    assert DIGITS.x.min() == 0
+    assert DIGITS.x.max() == 16
+
+
+def raw(batch: Batch, split) -> set[bytes]:
+    """Each image as bytes that do not depend on the standardisation of the split."""
+    x = batch.x.flatten(1)
+    lowest, highest = (torch.cat([b.x.flatten() for b in split]).aminmax()) if split else (0, 1)
+    return {((row - lowest) / (highest - lowest) * 16).round().numpy().tobytes() for row in x}
+
+
+def test_parts_are_disjoint_and_stratified():
+    split = make_split(DIGITS, seed=3)
+    assert [len(part.y) for part in split] == [1000, 397, 400]
+    train, validation, test = (raw(part, split) for part in split)
+    assert not train & test
+    assert not train & validation
+    assert not validation & test
+    for part in split:
+        counts = torch.bincount(part.y, minlength=10) / len(part.y)
+        assert (counts - torch.bincount(torch.tensor(DIGITS.y)) / 1797).abs().max() < 0.01
+
+
+def test_standardised_by_the_training_part():
+    split = make_split(DIGITS, seed=0, examples=150)
+    assert split.train.x.mean().item() == pytest.approx(0, abs=1e-5)
+    assert split.train.x.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    assert split.test.x.mean().abs() > 1e-4
+
+
+def test_larger_training_sets_contain_smaller_ones_and_leave_the_test_set_alone():
+    small, large = make_split(DIGITS, 1, examples=100), make_split(DIGITS, 1, examples=300)
+    assert torch.equal(small.train.y, large.train.y[:100])
+    assert torch.equal(small.test.y, large.test.y)
+    # the same pixels, but for the training sets' own mean and deviation
+    a, b = small.test.x.flatten(), large.test.x.flatten()
+    assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.99999
+
+
+def test_seed_draws_the_split():
+    assert torch.equal(make_split(DIGITS, 5).test.x, make_split(DIGITS, 5).test.x)
+    assert not torch.equal(make_split(DIGITS, 5).test.y, make_split(DIGITS, 6).test.y)
+
+
+def test_label_noise_is_exact_and_on_training_labels_only():
+    clean, wrong = make_split(DIGITS, 2, 200), make_split(DIGITS, 2, 200, label_noise=0.25)
+    assert (clean.train.y != wrong.train.y).sum() == 50
+    assert torch.equal(clean.train.x, wrong.train.x)
+    assert torch.equal(clean.validation.y, wrong.validation.y)
+    assert torch.equal(clean.test.y, wrong.test.y)
+
+
+def test_mislabel_leaves_its_argument_alone_and_stays_among_the_classes():
+    y = np.arange(10).repeat(20)
+    noisy = mislabel(y, 0.5, 10, np.random.default_rng(0))
+    assert (noisy != y).sum() == 100
+    assert set(noisy) <= set(range(10))
+    assert (y == np.arange(10).repeat(20)).all()
+
+
+def test_every_stretch_of_the_order_is_stratified():
+    y = np.repeat([0, 1], [300, 100])
+    order = stratified_order(y, np.random.default_rng(0))
+    assert sorted(order) == list(range(400))
+    for start in range(0, 400, 40):
+        assert abs(y[order[start : start + 40]].sum() - 10) <= 1
+
+
+@pytest.mark.parametrize("examples", [0, 1001, -5])
+def test_impossible_training_size_is_one_clear_line(examples):
+    with pytest.raises(LessonError, match="1 to 1000"):
+        make_split(DIGITS, 0, examples)
+
+
+def test_minibatches_pass_over_everything_once_in_the_generators_order():
+    batch = Batch(torch.arange(10.0).view(10, 1, 1, 1), torch.arange(10))
+    pieces = list(minibatches(batch, 4, torch.Generator().manual_seed(0)))
+    assert [len(piece.y) for piece in pieces] == [4, 4, 2]
+    y = torch.cat([piece.y for piece in pieces])
+    assert sorted(y.tolist()) == list(range(10))
+    assert torch.equal(torch.cat([piece.x for piece in pieces]).flatten().long(), y)
+    torch.rand(3)  # the global generator has no say
+    again = torch.cat([piece.y for piece in minibatches(batch, 4, torch.Generator().manual_seed(0))])
+    assert torch.equal(y, again)
+
+
+def test_purposes_and_seeds_have_streams_of_their_own():
+    seeds = {derive(seed, purpose) for seed in range(50) for purpose in ("split", "start", "batches", "masks")}
+    assert len(seeds) == 200
+    assert all(0 <= seed < 2**63 for seed in seeds)

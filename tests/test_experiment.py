@@ -1,0 +1,120 @@
+import math
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+import torch
+from recipes import DIVERGES, SMALL, noisy
+
+from common.data import LessonError
+from common.experiment import AllDivergedError, Comparison, SameProcess, compare, what_varies, workers
+from common.training import Run
+
+ARMS = {"plain": SMALL, "noisy": replace(SMALL, model=noisy)}
+SEEDS = [0, 1, 2]
+
+
+def leave_note(model, split) -> dict:
+    return {"note": 1}
+
+
+def numbers(runs: Comparison) -> list:
+    return [(run.seed, run.history, run.final, run.best, run.notes) for row in runs.runs.values() for run in row]
+
+
+def test_same_numbers_for_any_number_of_jobs():
+    with workers(1, "digits") as one:
+        alone = compare(ARMS, "plain", SEEDS, one)
+    with workers(2, "digits") as two:
+        together = compare(ARMS, "plain", SEEDS, two)
+    assert numbers(alone) == numbers(together)
+
+
+@pytest.mark.parametrize(
+    "executor", [lambda: ThreadPoolExecutor(1), lambda: ProcessPoolExecutor(1, mp_context=get_context("fork"))]
+)
+def test_any_executor_will_do(executor):
+    with executor() as pool:
+        runs = compare(ARMS, "plain", [0], pool)
+    assert numbers(runs) == numbers(compare(ARMS, "plain", [0], SameProcess()))
+
+
+def test_runs_keep_the_order_of_arms_and_seeds_and_each_is_announced():
+    ended = []
+    runs = compare(ARMS, "plain", [5, 3], SameProcess(), advance=ended.append)
+    assert list(runs.runs) == ["plain", "noisy"]
+    assert [run.seed for run in runs.runs["noisy"]] == [5, 3]
+    assert len(ended) == 4
+
+
+def test_differences_are_paired_with_each_arms_own_baseline():
+    def run(seed: int, accuracy: float) -> Run:
+        return Run(seed, final={"test_accuracy": accuracy})
+
+    rows = {"a": (0.5, 0.7), "b": (0.6, 0.8), "c": (0.1, 0.3), "d": (0.2, 0.5)}
+    runs = Comparison(
+        [0, 1],
+        dict.fromkeys(rows, SMALL),
+        {"a": "a", "b": "a", "c": "c", "d": "c"},
+        {arm: [run(seed, value) for seed, value in enumerate(values)] for arm, values in rows.items()},
+    )
+    assert runs.gain("b").mean == pytest.approx(10)
+    assert runs.gain("b").low == pytest.approx(10)
+    assert runs.gain("d").mean == pytest.approx(15)
+    assert runs.gain("d", "a").mean == pytest.approx(-25)
+    assert runs.best(["a", "b", "c"], "test_accuracy") == "b"
+
+
+def test_a_diverging_arm_is_kept_and_counted():
+    runs = compare({"plain": SMALL, "huge": DIVERGES}, "plain", SEEDS, SameProcess(), inspect=leave_note)
+    assert runs.estimate("test_accuracy", "huge").n == 0
+    assert runs.gain("huge").n == 0
+    assert all(run.diverged_at for run in runs.runs["huge"])
+    assert np.isnan(runs.notes("note", "huge")).all()
+    assert runs.history("train_loss", "huge").shape[0] == 3
+    assert runs.best(["huge", "plain"]) == "plain"
+    only = compare({"huge": DIVERGES}, "huge", [0], SameProcess())
+    with pytest.raises(AllDivergedError, match="every run diverged"):
+        only.notes("note", "huge")
+
+
+def test_history_pads_runs_that_ended_early():
+    rows = {"a": [Run(0, {"epoch": [0, 1, 2], "x": [1, 2, 3]}), Run(1, {"epoch": [0], "x": [5]}, diverged_at=4)]}
+    table = Comparison([0, 1], {"a": SMALL}, {"a": "a"}, rows).history("x", "a")
+    assert table[0].tolist() == [1, 2, 3]
+    assert table[1, 0] == 5
+    assert np.isnan(table[1, 1:]).all()
+
+
+def test_what_varies_is_computed_from_the_arms():
+    a = replace(SMALL, model=partial(noisy), optimizer=partial(torch.optim.SGD, lr=0.1))
+    b = replace(a, optimizer=partial(torch.optim.SGD, lr=0.2, momentum=0.9), epochs=9)
+    varies, held = what_varies([a, b])
+    assert set(varies) == {"optimizer.lr", "optimizer.momentum", "epochs"}
+    assert held["model"] == "noisy"
+    assert held["optimizer"] == "SGD"
+    assert what_varies([a, a])[0] == []
+
+
+def test_a_function_no_worker_could_find_is_refused_in_one_line():
+    with pytest.raises(LessonError, match="named at the top level"):
+        compare({"a": replace(SMALL, model=lambda task: None)}, "a", [0], SameProcess())
+
+
+def test_a_baseline_must_be_an_arm():
+    with pytest.raises(LessonError, match="look at none"):
+        compare(ARMS, "none", [0], SameProcess())
+
+
+def test_an_error_in_a_run_reaches_the_caller():
+    with workers(2, "digits") as pool, pytest.raises(LessonError, match="training examples"):
+        compare({"a": replace(SMALL, examples=5000)}, "a", SEEDS, pool)
+
+
+def test_one_seed_has_a_mean_and_no_interval():
+    runs = compare(ARMS, "plain", [0], SameProcess())
+    assert math.isfinite(runs.gain("noisy").mean)
+    assert math.isnan(runs.gain("noisy").low)

@@ -1,0 +1,183 @@
+"""Every lesson as a reader runs it: a process of its own, from another folder, through to its files."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import LESSONS, ROOT, load_lesson
+from PIL import Image
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc")
+
+
+def start(lesson: str, folder: Path, *words: str) -> subprocess.Popen:
+    """Start the lesson in a process group of its own, as a shell would."""
+    command = [sys.executable, str(ROOT / f"{lesson}.py"), "--out", str(folder / "out"), *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(command, cwd=folder, start_new_session=True, env=environment, **pipes)
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def group_is_gone(pgid: int) -> bool:
+    try:
+        os.killpg(pgid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def strict(path: Path) -> dict:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def assert_not_blank(path: Path) -> None:
+    with Image.open(path) as image:
+        image.load()
+        low, high = image.convert("L").getextrema()
+        assert image.width >= 600
+        assert high - low > 100
+
+
+def test_the_lessons_are_numbered_without_a_gap():
+    numbers = [int(lesson[:2]) for lesson in LESSONS]
+    assert numbers == list(range(14, 14 + len(numbers)))
+    assert numbers
+    for lesson in LESSONS:
+        assert lesson == load_lesson(lesson).LESSON
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_quick_run_from_another_folder(lesson, tmp_path):
+    process = start(lesson, tmp_path, "--quick")
+    out, err = process.communicate(timeout=240)
+    assert (process.returncode, err) == (0, "")
+    assert all(len(line) <= 80 for line in out.splitlines() if str(tmp_path) not in line)
+    assert "\x1b" not in out
+    folder = tmp_path / "out" / lesson
+    record = strict(folder / "results.json")
+    assert record["lesson"] == lesson
+    assert list(record["experiments"]) == [experiment.__name__ for experiment in load_lesson(lesson).EXPERIMENTS]
+    for entry in record["experiments"].values():
+        assert entry["question"].endswith("?")
+        assert entry["figures"]
+        for figure in entry["figures"]:
+            assert_not_blank(folder / figure)
+        assert entry["table"]
+        assert entry["findings"]
+    assert len(record["claims"]) >= 10
+    assert all(claim["source"] and claim["verdict"] == "not judged" for claim in record["claims"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def half_way(tmp_path: Path) -> tuple[subprocess.Popen, Path]:
+    """Start lesson 14's default run and return when its first experiment is on disk and the second is training."""
+    process = start("14_dropout_regularization", tmp_path)
+    folder = tmp_path / "out" / "14_dropout_regularization"
+    wait_for(lambda: (folder / "summary.md").exists() or process.poll() is not None)
+    time.sleep(0.7)
+    assert process.poll() is None
+    return process, folder
+
+
+def assert_finished_experiments_are_whole(folder: Path) -> None:
+    record = strict(folder / "results.json")
+    assert "mechanism" in record["experiments"]
+    assert len(record["experiments"]) < 6
+    assert record["claims"]
+    for entry in record["experiments"].values():
+        for figure in entry["figures"]:
+            assert_not_blank(folder / figure)
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+@linux_only
+@pytest.mark.parametrize(("to_group", "number", "code"), [(True, signal.SIGINT, 130), (False, signal.SIGTERM, 143)])
+def test_interrupted_half_way(tmp_path, to_group, number, code):
+    process, folder = half_way(tmp_path)
+    (os.killpg if to_group else os.kill)(process.pid, number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    if code == 130:
+        assert re.fullmatch(r"\n?interrupted; mechanism(, \w+)* finished, in .*\n", err)
+    wait_for(lambda: group_is_gone(process.pid), 10)
+    assert_finished_experiments_are_whole(folder)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@linux_only
+def test_a_killed_worker_is_one_line(tmp_path):
+    process, folder = half_way(tmp_path)
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert err == "error: a worker process was killed (out of memory?); try --jobs 1\n"
+    wait_for(lambda: group_is_gone(process.pid), 10)
+    assert_finished_experiments_are_whole(folder)
+
+
+@linux_only
+def test_a_killed_parent_leaves_no_orphans(tmp_path):
+    process, folder = half_way(tmp_path)
+    process.kill()
+    process.communicate(timeout=30)
+    wait_for(lambda: group_is_gone(process.pid), 10)
+    assert_finished_experiments_are_whole(folder)
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_runs_as_a_notebook_from_top_to_bottom(lesson, tmp_path):
+    reason = "a development extra: pip install -r requirements-dev.txt"
+    jupytext = pytest.importorskip("jupytext", reason=reason)
+    nbclient = pytest.importorskip("nbclient", reason=reason)
+    pytest.importorskip("ipykernel", reason=reason)
+    notebook = jupytext.read(ROOT / f"{lesson}.py")
+    last = notebook.cells[-1]
+    assert last.source.rstrip().endswith("main()")
+    last.source = last.source.replace("    main()", f"    main(['--quick', '--out', {str(tmp_path)!r}])")
+    assert sum(cell.cell_type == "markdown" for cell in notebook.cells) >= 7
+    client = nbclient.NotebookClient(
+        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    )
+    client.execute()
+    record = strict(tmp_path / lesson / "results.json")
+    assert len(record["experiments"]) == len(load_lesson(lesson).EXPERIMENTS)
+    shown = [output for output in notebook.cells[-1].outputs if "image/png" in output.get("data", {})]
+    assert len(shown) == sum(len(entry["figures"]) for entry in record["experiments"].values())
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_a_kernels_own_arguments_are_not_the_lessons(lesson, monkeypatch, capsys):
+    """With no arguments given inside a kernel, the command line is not read."""
+    from common import cli
+
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.setattr(cli, "in_notebook", lambda: True)
+    monkeypatch.setattr(cli, "workers", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(cli, "prepare_folder", lambda folder: None)
+    with pytest.raises(SystemExit) as stopped:
+        load_lesson(lesson).main()
+    assert stopped.value.code == 130  # it got as far as starting the run
+    monkeypatch.setattr(cli, "in_notebook", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        load_lesson(lesson).main()
+    assert stopped.value.code == 2
+    capsys.readouterr()

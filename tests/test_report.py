@@ -1,0 +1,181 @@
+import io
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+from recipes import DIVERGES, SMALL, noisy
+from rich.console import Console
+
+from common import report
+from common.experiment import Comparison, SameProcess, compare
+from common.plotting import BASELINE, colours, new_figure, plot_curves, plot_estimates, plot_reliability, shared_legend
+from common.report import Table
+from common.statistics import NOT_JUDGED, Claim, Estimate, above
+
+LONG_NAME = "an arm with a rather long name"
+
+
+@pytest.fixture(scope="module")
+def runs() -> Comparison:
+    arms = {"plain": SMALL, LONG_NAME: replace(SMALL, model=noisy), "rate 1e3": DIVERGES}
+    return compare(arms, "plain", [0, 1], SameProcess())
+
+
+def printed(table: Table) -> str:
+    stream = io.StringIO()
+    report.print_table(Console(file=stream, width=80), table)
+    return stream.getvalue()
+
+
+def test_tables_fit_80_columns_and_lose_no_number(runs):
+    for table in (report.loss_table(runs), report.summary_table(runs)):
+        text = printed(table)
+        assert all(len(line) <= 80 for line in text.splitlines())
+        assert "…" not in text
+        for row in table.rows:
+            assert all(cell in text for cell in row[1:])
+
+
+def test_a_claim_wraps_by_words_and_keeps_its_numbers():
+    effect = Estimate(-4.25, -5.5, -3.0, 10)
+    claim = Claim(
+        "x-1", "A statement of many words " * 4, "A source 2014", "x", above(0.5), effect, "points", NOT_JUDGED
+    )
+    text = printed(report.claims_table([report.claim_json(claim)]))
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "-4.2 [-5.5, -3.0]" in text
+    assert "…" not in text
+
+
+def test_losses_of_arms_that_train_for_different_times_share_no_epoch_heading(runs):
+    heads = report.loss_table(runs).columns
+    assert heads[-1] == "100 % of\ntraining"
+    equal = Comparison(runs.seeds, {"plain": SMALL}, {"plain": "plain"}, {"plain": runs.runs["plain"]})
+    assert report.loss_table(equal).columns[-1] == "epoch\n3"
+
+
+def test_diverged_runs_show_in_the_table_and_in_words(runs):
+    row = report.summary_table(runs).rows[2]
+    assert row[0] == "rate 1e3"
+    assert row[1] == row[4] == row[5] == "–"
+    assert row[6] == "2"
+    line = report.diverged_lines(runs)[0]
+    assert line.startswith("rate 1e3: 2 of 2 runs diverged at step")
+
+
+def test_json_is_strict_and_complete(runs, tmp_path):
+    report.write_json(tmp_path / "r.json", {"arms": report.arms_json(runs), "array": np.array([1.0, math.nan])})
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    read = json.loads((tmp_path / "r.json").read_text(), parse_constant=refuse)
+    assert read["array"] == [1.0, None]
+    lost = read["arms"]["rate 1e3"]["runs"][0]
+    assert lost["diverged_at"] >= 1
+    assert lost["test"] == {"loss": None, "accuracy": None}
+    kept = read["arms"]["plain"]["runs"][0]
+    assert set(kept) >= {"seed", "seconds", "diverged_at", "train", "validation", "test", "history"}
+    wanted = {"epoch", "train_loss", "validation_loss", "validation_accuracy", "learning_rate"}
+    assert wanted <= set(kept["history"])
+    assert read["arms"]["plain"]["summary"]["test_accuracy"]["n"] == 2
+    assert read["arms"]["rate 1e3"]["difference"]["test_accuracy"] == {"mean": None, "low": None, "high": None, "n": 0}
+
+
+def test_numbers_read_well():
+    assert [report.number(x, 2) for x in (0.0, 1.234, 12345.6, 1e-5, math.nan)] == [
+        "0.00",
+        "1.23",
+        "1.2e+04",
+        "1.0e-05",
+        "–",
+    ]
+    assert [report.loss(x) for x in (0.001, 0.0, 0.5)] == ["<0.01", "0.00", "0.50"]
+    assert report.interval(Estimate(1, -2, 4, 3)) == "+1.0 [-2.0, +4.0]"
+    assert report.interval(Estimate(1, math.nan, math.nan, 1)) == "+1.0"
+
+
+def test_markdown_tables_have_one_line_a_row():
+    lines = report.markdown(Table("T", ["arm", "train\nloss"], [["a | b", "1"]])).splitlines()
+    assert lines == ["**T**", "", "| arm | train loss |", "| :-- | --: |", "| a \\| b | 1 |"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("old")
+
+    def breaks(aside) -> None:
+        aside.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        report.write_whole(path, breaks)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_source_hash_sees_code_and_not_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "DECIDES_NUMBERS", ["training"])
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "training.py").write_text('"""Doc."""\nEPOCHS = 3\n')
+    (tmp_path / "lesson.py").write_text('def f():\n    """Doc."""\n    return 0.1  # why\n')
+    before = report.source_hash("lesson")
+    (tmp_path / "lesson.py").write_text('# %% other words\ndef f():\n    """Other words."""\n\n    return 0.1\n')
+    assert report.source_hash("lesson") == before
+    (tmp_path / "lesson.py").write_text("def f():\n    return 0.2\n")
+    changed = report.source_hash("lesson")
+    assert changed != before
+    (tmp_path / "common" / "training.py").write_text("EPOCHS = 4\n")
+    assert report.source_hash("lesson") != changed
+
+
+def not_blank(path) -> bool:
+    with Image.open(path) as image:
+        low, high = image.convert("L").getextrema()
+        return image.width >= 600 and high - low > 100
+
+
+def test_curves_of_diverged_arms_are_drawn_and_labelled(runs, tmp_path):
+    figure, (ax,) = new_figure("A question?")
+    plot_curves(ax, runs, "validation_loss")
+    shared_legend(figure, ax)
+    figure.savefig(tmp_path / "a.png")
+    assert not_blank(tmp_path / "a.png")
+    labels = ax.get_legend_handles_labels()[1]
+    assert labels == ["plain", LONG_NAME, "rate 1e3 (2 of 2 diverged)"]
+    crosses = [line for line in ax.lines if line.get_marker() == "x"]
+    assert len(crosses) == 1
+    assert len(crosses[0].get_xdata()) >= 1
+
+
+def test_estimates_without_numbers_leave_a_gap():
+    _, (ax,) = new_figure("A question?")
+    plot_estimates(
+        ax,
+        [1, 2, 3],
+        [Estimate(1, 0, 2, 5), Estimate(math.nan, math.nan, math.nan, 0), Estimate(2, 1, 3, 5)],
+        "x",
+        "red",
+    )
+    assert np.isnan(ax.lines[0].get_ydata()[1])
+
+
+def test_reliability_pools_the_seeds():
+    _, (ax,) = new_figure("A question?")
+    table = np.zeros((2, 3, 10))
+    table[:, :, 9] = [15, 14.4, 12]
+    plot_reliability(ax, table, "x", "red")
+    assert ax.lines[0].get_xdata().tolist() == [pytest.approx(96)]
+    assert ax.lines[0].get_ydata().tolist() == [pytest.approx(80)]
+
+
+def test_the_baseline_is_always_black_and_no_two_arms_share_a_colour():
+    chosen = colours(["a", "b", "base", "c"], "base")
+    assert chosen["base"] == BASELINE
+    assert len(set(chosen.values())) == 4
+    assert isinstance(new_figure("x", 3)[0], Figure)
