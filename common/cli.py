@@ -59,8 +59,8 @@ def choose_device(name: str) -> str:
     """
     if name == "auto":
         return "cpu"
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (index and (kind != "cuda" or not index.isdecimal())):
+    kind, colon, index = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (colon and (kind != "cuda" or not index.isdecimal())):
         raise LessonError(f"argument --device: {name!r} is not one of auto, cpu, cuda, cuda:N, mps")
     if kind == "cuda" and not torch.cuda.is_available():
         raise LessonError("argument --device: PyTorch finds no CUDA device here; use --device cpu")

@@ -68,7 +68,7 @@ def load(name: str) -> Dataset:
 
 
 def derive(seed: int, purpose: str) -> int:
-    """A seed for one purpose ("split", "start", "batches", "masks"), so that no two share a random stream."""
+    """A seed for one purpose ("test", "split", "start", "batches", "masks"), so that no two share a random stream."""
     return int(np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -92,23 +92,24 @@ def mislabel(y: np.ndarray, share: float, classes: int, generator: np.random.Gen
 def make_split(
     dataset: Dataset, seed: int, examples: int | None = None, label_noise: float = 0.0, device: str = "cpu"
 ) -> Split:
-    """Draw the seed's split: a stratified test and validation part, then the first `examples` of the rest to train on.
+    """Split a data set: a test part that is the same for every seed, so that nothing tuned with any seed has seen it;
+    a validation part that the seed draws; and the first `examples` of the rest, in the seed's order, to train on.
 
-    Test and validation part depend on the seed alone, and a larger training set contains the smaller ones, so arms
-    that differ in `examples` stay comparable. `label_noise` is the share of TRAINING labels replaced by a wrong class;
-    validation and test labels stay right. Pixels are standardised per channel with the training part's statistics.
+    All parts are stratified. A larger training set contains the smaller ones of the same seed. `label_noise` is the
+    share of TRAINING labels replaced by a wrong class; validation and test labels stay right. Pixels are standardised
+    per channel with the training part's statistics.
 
     Raises LessonError when the data set has fewer than `examples` left for training.
     """
-    held_out = dataset.validation + dataset.test
-    available = len(dataset.y) - held_out
+    available = len(dataset.y) - dataset.validation - dataset.test
     examples = available if examples is None else examples
     if not 0 < examples <= available:
         raise LessonError(f"{examples} training examples asked for; this data set has 1 to {available}")
+    everything = stratified_order(dataset.y, np.random.default_rng(derive(0, "test")))
+    test, others = everything[: dataset.test], everything[dataset.test :]
     generator = np.random.default_rng(derive(seed, "split"))
-    order = stratified_order(dataset.y, generator)
-    test, validation = order[: dataset.test], order[dataset.test : held_out]
-    train = order[held_out : held_out + examples]
+    others = others[stratified_order(dataset.y[others], generator)]
+    validation, train = others[: dataset.validation], others[dataset.validation :][:examples]
     mean = dataset.x[train].mean(axis=(0, 2, 3), keepdims=True)
     deviation = dataset.x[train].std(axis=(0, 2, 3), keepdims=True)
     labels = mislabel(dataset.y[train], label_noise, dataset.task.classes, generator)

@@ -11,6 +11,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -79,27 +80,26 @@ def workers(jobs: int, dataset: str) -> Iterator[Executor]:
         pool.shutdown(cancel_futures=True)
 
 
-def describe(value: Any) -> str:
-    """A setting as a reader would write it: a function by its name, anything else as it prints."""
-    return getattr(value, "__name__", None) or str(value)
-
-
-def flatten(recipe: Recipe) -> dict[str, str]:
-    """Every setting of a recipe, the arguments of its partial functions included, as {"model.width": "128", …}."""
-    settings = {}
-    for field in fields(recipe):
-        value = getattr(recipe, field.name)
-        if isinstance(value, partial):
-            settings[field.name] = describe(value.func)
-            settings |= {f"{field.name}.{key}": describe(argument) for key, argument in value.keywords.items()}
-        else:
-            settings[field.name] = describe(value)
+def flatten(name: str, value: Any) -> dict[str, str]:
+    """A setting as a reader would write it, the arguments of partial functions included, by name:
+    {"model": "mlp", "model.width": "128", …}.
+    """
+    if not isinstance(value, partial):
+        return {name: getattr(value, "__name__", None) or str(value)}
+    settings = flatten(name, value.func)
+    arguments = signature(value.func).bind_partial(*value.args, **value.keywords).arguments
+    for key, argument in arguments.items():
+        settings |= flatten(f"{name}.{key}", argument)
     return settings
 
 
 def what_varies(arms: Sequence[Recipe]) -> tuple[list[str], dict[str, str]]:
     """The names of the settings in which the recipes differ, and the settings that all of them share."""
-    settings = [flatten(recipe) for recipe in arms]
+    settings = []
+    for recipe in arms:
+        settings.append({})
+        for each in fields(recipe):
+            settings[-1] |= flatten(each.name, getattr(recipe, each.name))
     names = dict.fromkeys(name for each in settings for name in each)
     varies = [name for name in names if len({each.get(name) for each in settings}) > 1]
     return varies, {name: settings[0][name] for name in names if name not in varies}
@@ -154,8 +154,11 @@ class Comparison:
         return max((run.history.get("epoch", []) for run in self.runs[arm]), key=len)
 
     def best(self, arms: Sequence[str], metric: str = "validation_accuracy") -> str:
-        """The arm with the highest mean of the metric. Choose on validation; read the test set for the chosen."""
-        return max(arms, key=lambda arm: np.nan_to_num(self.estimate(metric, arm).mean, nan=-np.inf))
+        """The arm with the highest mean of the metric; one that lost a run comes last.
+
+        Choose on validation; read the test set for the chosen.
+        """
+        return max(arms, key=lambda arm: np.nan_to_num(self.values(metric, arm), nan=-np.inf).mean())
 
 
 def compare(

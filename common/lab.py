@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.rule import Rule
 
 from common import report
+from common.data import LessonError
 from common.experiment import AllDivergedError, Comparison, compare, what_varies
 from common.statistics import NOT_JUDGED, Claim, Estimate, Range, judge
 from common.training import Recipe
@@ -84,7 +84,6 @@ class Lab:
     def __init__(self, settings: Settings, order: Sequence[str], console: Console, executor: Executor) -> None:
         self.settings, self.order, self.console, self.executor = settings, order, console, executor
         self.quick = settings.quick
-        self.started = time.perf_counter()
         self.record = {
             "lesson": settings.lesson,
             "title": settings.title,
@@ -101,9 +100,10 @@ class Lab:
 
     def continues(self, earlier: dict[str, Any]) -> bool:
         """Take up an earlier record of the same settings and source, so that `--only` renews one experiment and keeps
-        the others. Otherwise the first file written sets the earlier run aside, under previous/.
+        the others. Otherwise the first file written sets the earlier run aside. In a notebook it always does: a cell
+        may say something else than the script that was hashed.
         """
-        same = bool(earlier) and earlier["environment"] == self.record["environment"]
+        same = bool(earlier) and earlier["environment"] == self.record["environment"] and not in_notebook()
         if not same or not self.settings.same_numbers().items() <= earlier["settings"].items():
             return False
         self.record |= {"experiments": earlier["experiments"], "claims": earlier["claims"]}
@@ -112,15 +112,14 @@ class Lab:
     def folder(self) -> Path:
         """The lesson's folder, ready to be written to."""
         out = self.settings.out
-        if self.set_aside:
-            previous = out / "previous"
-            left = [path for name in ("results.json", "summary.md", "*.png") for path in out.glob(name)]
-            if left:
-                shutil.rmtree(previous, ignore_errors=True)
-                previous.mkdir()
-            for path in left:
-                path.rename(previous / path.name)
-            self.set_aside = False
+        if self.set_aside and (out / "results.json").exists():
+            count = len(list(out.glob("previous-*")))
+            previous = out / f"previous-{count + 1}"
+            previous.mkdir()
+            for name in ("results.json", "summary.md", "*.png"):
+                for path in out.glob(name):
+                    path.rename(previous / path.name)
+        self.set_aside = False
         return out
 
     def run(self, experiment: Callable[["Lab"], None]) -> None:
@@ -147,7 +146,7 @@ class Lab:
         claims = others + [report.claim_json(claim) for claim in self.claims]
         self.record["experiments"] = {name: experiments[name] for name in self.order if name in experiments}
         self.record["claims"] = sorted(claims, key=lambda claim: self.order.index(claim["experiment"]))
-        self.record["seconds"] = time.perf_counter() - self.started
+        self.record["seconds"] = sum(entry["seconds"] for entry in self.record["experiments"].values())
         folder = self.folder()
         report.write_json(folder / "results.json", self.record)
         summary = report.summary_markdown(report.plain(self.record))
@@ -184,6 +183,8 @@ class Lab:
         self.table(report.summary_table(runs))
         for line in report.diverged_lines(runs):
             self.finding(line)
+        if known := self.entry.get("arms", {}).keys() & arms.keys():
+            raise LessonError(f"two comparisons of one experiment share the arm {', '.join(known)}")
         self.entry["varies"] += [name for name in varies if name not in self.entry["varies"]]
         self.entry["baseline"] = self.entry["baseline"] or next(iter(runs.baseline.values()))
         self.entry.setdefault("arms", {}).update(report.arms_json(runs))
@@ -213,11 +214,12 @@ class Lab:
     def claim(self, statement: str, source: str, effect: Estimate, expected: Range, unit: str = "points") -> None:
         """Judge a rule of thumb by a measured effect; the verdict is printed at the end of the experiment.
 
-        A quick run, too short to learn anything, judges nothing.
+        A quick run, too short to learn anything, judges nothing; nor do the runs that survive where others diverged.
         """
-        verdict = NOT_JUDGED if self.quick else judge(effect, expected)
+        seeds = len(self.settings.seeds)
+        verdict = NOT_JUDGED if self.quick else judge(effect, expected, seeds)
         id = f"{self.name}-{len(self.claims) + 1}"
-        self.claims.append(Claim(id, statement, source, self.name, expected, effect, unit, verdict))
+        self.claims.append(Claim(id, statement, source, self.name, expected, effect, unit, seeds, verdict))
 
     def close(self) -> None:
         """What we saw: every claim of the lesson by its verdict, and where the files are."""

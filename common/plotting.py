@@ -59,11 +59,21 @@ def plot_history(
         ax.plot(np.array(epochs)[lost], mean[lost], "x", color=colour, markersize=9, markeredgewidth=2.5)
 
 
-def plot_curves(ax: Axes, runs: Comparison, metric: str, style: str = "-", unit: float = 1.0, note: str = "") -> None:
-    """A `plot_history` for every arm of a comparison, the baseline black, each label followed by the `note`."""
+def plot_curves(
+    ax: Axes, runs: Comparison, metric: str, style: str = "-", unit: float = 1.0, legend: bool = True
+) -> None:
+    """A `plot_history` for every arm of a comparison, the baseline black; named in the legend or not."""
     for arm, colour in colours(list(runs.arms), next(iter(runs.baseline.values()))).items():
         diverged = sum(run.diverged_at is not None for run in runs.runs[arm])
-        plot_history(ax, runs.epochs(arm), unit * runs.history(metric, arm), arm + note, colour, style, diverged)
+        plot_history(
+            ax,
+            runs.epochs(arm),
+            unit * runs.history(metric, arm),
+            arm if legend else f"_{arm}",
+            colour,
+            style,
+            diverged,
+        )
     ax.set_xlabel("epoch")
 
 

@@ -45,13 +45,15 @@ def excerpt(record: dict[str, Any], name: str) -> str:
 def verdicts(record: dict[str, Any]) -> str:
     """How many claims got which verdict, and the claims themselves."""
     claims = record["claims"]
-    count = {verdict: sum(claim["verdict"] == verdict for claim in claims) for verdict in (HOLDS, FAILS, UNCLEAR)}
-    total = ", ".join(f"{number} {verdict}" for verdict, number in count.items())
+    hold, fail, unclear = (sum(claim["verdict"] == each for claim in claims) for each in (HOLDS, FAILS, UNCLEAR))
     rows = [
         [claim["statement"], claim["source"], measured(claim), claim["expected"], claim["verdict"]] for claim in claims
     ]
     table = Table("Verdicts", ["claim", "source", "measured", "expected", "verdict"], rows)
-    return f"Of {len(claims)} rules of thumb: {total}.\n\n" + markdown(table).partition("\n\n")[2]
+    return (
+        f"Of {len(claims)} rules of thumb {hold} hold here, {fail} do not, {unclear} are unclear.\n\n"
+        + markdown(table).partition("\n\n")[2]
+    )
 
 
 def blocks(results: dict[str, dict[str, Any]]) -> dict[str, str]:

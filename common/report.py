@@ -60,18 +60,31 @@ def loss_table(runs: Comparison, columns: int = 5) -> Table:
 
     The columns are epochs; where the arms train for different numbers of them, shares of each arm's training.
     """
+    same = len({recipe.epochs for recipe in runs.arms.values()}) == 1
     longest = max((runs.epochs(arm) for arm in runs.arms), key=len)
-    picked = sorted({round(i * (len(longest) - 1) / (columns - 1)) for i in range(columns)})
-    if len({recipe.epochs for recipe in runs.arms.values()}) == 1:
-        heads = [f"epoch\n{longest[i]}" for i in picked]
+    if same:
+        picked = sorted({round(i * (len(longest) - 1) / (columns - 1)) for i in range(columns)}) if longest else []
+        shown = [longest[i] for i in picked]
+        heads = [f"epoch\n{epoch}" for epoch in shown]
     else:
-        heads = [f"{100 * longest[i] / longest[-1]:.0f} % of\ntraining" for i in picked]
+        heads = [f"{100 * i / (columns - 1):.0f} % of\ntraining" for i in range(columns)]
     rows = []
-    for arm in runs.arms:
-        train, validation = (runs.history(f"{part}_loss", arm) for part in ("train", "validation"))
-        cells = [f"{loss(column_mean(train, i))}/{loss(column_mean(validation, i))}" for i in picked]
-        rows.append([arm, *cells])
+    for arm, recipe in runs.arms.items():
+        epochs = runs.epochs(arm)
+        wanted = shown if same else [i / (columns - 1) * recipe.epochs for i in range(columns)]
+        nearest = [min(range(len(epochs)), key=lambda i: abs(epochs[i] - each), default=0) for each in wanted]
+        tolerance = 0 if same else recipe.epochs / (columns - 1) / 2
+        rows.append([arm, *(loss_cell(runs, arm, i, each, tolerance) for i, each in zip(nearest, wanted, strict=True))])
     return Table("Loss by epoch: train/validation (means over seeds)", ["arm", *heads], rows, group_breaks(runs))
+
+
+def loss_cell(runs: Comparison, arm: str, i: int, epoch: float, tolerance: float) -> str:
+    """Mean "train/validation" loss of the arm at its i-th measurement; dashes if that is not at about this epoch."""
+    epochs = runs.epochs(arm)
+    if i >= len(epochs) or abs(epochs[i] - epoch) > tolerance:
+        return "–/–"
+    train, validation = (runs.history(f"{part}_loss", arm) for part in ("train", "validation"))
+    return f"{loss(column_mean(train, i))}/{loss(column_mean(validation, i))}"
 
 
 def column_mean(values: Any, column: int) -> float:
@@ -119,15 +132,17 @@ def claim_json(claim: Claim) -> dict[str, Any]:
     """A claim as results.json holds it."""
     values = {name: getattr(claim, name) for name in ("id", "statement", "source", "experiment")}
     values |= {"expected": f"{claim.expected} {claim.unit}".strip()}
-    return values | {"estimate": claim.effect._asdict() | {"unit": claim.unit}, "verdict": claim.verdict}
+    values |= {"estimate": claim.effect._asdict() | {"unit": claim.unit}, "seeds": claim.seeds}
+    return values | {"verdict": claim.verdict}
 
 
 def measured(claim: dict[str, Any]) -> str:
     """A claim's effect with its interval and unit."""
     effect = {name: claim["estimate"][name] for name in Estimate._fields}
     effect = Estimate(**{name: math.nan if value is None else value for name, value in effect.items()})
+    lost = "" if claim["seeds"] == effect.n else f" ({effect.n} of {claim['seeds']} seeds)"
     coarse = abs(effect.mean) >= 10 or claim["estimate"]["unit"] in ("points", "epochs", "%")
-    return f"{interval(effect, 1 if coarse else 3)} {claim['estimate']['unit']}".strip()
+    return f"{interval(effect, 1 if coarse else 3)} {claim['estimate']['unit']}".strip() + lost
 
 
 def claims_table(claims: Sequence[dict[str, Any]]) -> Table:

@@ -86,9 +86,12 @@ def within(margin: float) -> Range:
     return Range(-margin, margin)
 
 
-def judge(effect: Estimate, expected: Range) -> str:
-    """The verdict: the whole interval inside the expected range, the whole interval outside it, or neither."""
-    if not math.isfinite(effect.low):
+def judge(effect: Estimate, expected: Range, seeds: int) -> str:
+    """The verdict: the whole interval inside the expected range, the whole interval outside it, or neither.
+
+    Where the effect was measured on fewer than all `seeds`, the survivors decide nothing: unclear.
+    """
+    if effect.n < seeds or not math.isfinite(effect.low):
         return UNCLEAR
     if expected.low < effect.low and effect.high < expected.high:
         return HOLDS
@@ -108,6 +111,7 @@ class Claim:
     expected: Range
     effect: Estimate
     unit: str
+    seeds: int
     verdict: str
 
 

@@ -107,16 +107,36 @@ def test_only_renews_one_experiment_and_keeps_the_others(run):
     *_, folder = run("--seeds", "2", "--only", "second", "--jobs", "1")
     assert list(read(folder)["experiments"]) == ["first", "second"]
     assert len(read(folder)["claims"]) == 2
-    assert not (folder / "previous").exists()
+    assert not list(folder.glob("previous*"))
+    experiments = read(folder)["experiments"]
+    assert read(folder)["seconds"] == pytest.approx(sum(entry["seconds"] for entry in experiments.values()), rel=1e-4)
 
 
 def test_a_run_with_other_settings_sets_the_one_before_aside(run):
     run("--seeds", "2", "--only", "first")
     *_, folder = run("--seeds", "1", "--only", "second")
     assert list(read(folder)["experiments"]) == ["second"]
-    assert list(read(folder / "previous")["experiments"]) == ["first"]
-    assert (folder / "previous" / "first.png").exists()
+    assert list(read(folder / "previous-1")["experiments"]) == ["first"]
+    assert (folder / "previous-1" / "first.png").exists()
     assert not (folder / "first.png").exists()
+    run("--quick", "--only", "second")
+    assert list(read(folder / "previous-1")["experiments"]) == ["first"]
+    assert read(folder / "previous-2")["settings"]["seeds"] == [0]
+
+
+def test_a_figure_without_results_is_no_earlier_run(run):
+    *_, folder = run("--seeds", "1", "--only", "first")
+    (folder / "results.json").unlink()
+    run("--seeds", "2", "--only", "second")
+    assert not list(folder.glob("previous*"))
+
+
+def test_in_a_notebook_no_earlier_run_is_continued(run, monkeypatch):
+    run("--seeds", "1", "--only", "first", "--jobs", "1")
+    monkeypatch.setattr("common.lab.in_notebook", lambda: True)
+    *_, folder = run("--seeds", "1", "--only", "second", "--jobs", "1")
+    assert list(read(folder)["experiments"]) == ["second"]
+    assert list(read(folder / "previous-1")["experiments"]) == ["first"]
 
 
 def test_a_changed_script_sets_its_old_results_aside(run, tmp_path):
@@ -124,7 +144,7 @@ def test_a_changed_script_sets_its_old_results_aside(run, tmp_path):
     (tmp_path / "99_fake.py").write_text("X = 2\n")
     *_, folder = run("--seeds", "1", "--only", "second")
     assert list(read(folder)["experiments"]) == ["second"]
-    assert list(read(folder / "previous")["experiments"]) == ["first"]
+    assert list(read(folder / "previous-1")["experiments"]) == ["first"]
 
 
 def test_a_broken_results_file_is_set_aside_too(run):
@@ -133,7 +153,7 @@ def test_a_broken_results_file_is_set_aside_too(run):
     code, *_ = run("--seeds", "1", "--only", "second")
     assert code == 0
     assert list(read(folder)["experiments"]) == ["second"]
-    assert (folder / "previous" / "results.json").read_text() == '{"half'
+    assert (folder / "previous-1" / "results.json").read_text() == '{"half'
 
 
 def test_list_names_the_questions_and_runs_nothing(run):
@@ -158,6 +178,8 @@ def test_list_names_the_questions_and_runs_nothing(run):
         (["--device", "tpu"], "'tpu' is not one of auto, cpu, cuda, cuda:N, mps"),
         (["--device", "cuda:x"], "'cuda:x' is not one of"),
         (["--device", "cpu:1"], "'cpu:1' is not one of"),
+        (["--device", "cpu:"], "'cpu:' is not one of"),
+        (["--device", "cuda:"], "'cuda:' is not one of"),
         (["--epochs", "3"], "unrecognized arguments: --epochs 3"),
     ],
 )
@@ -197,15 +219,18 @@ def test_a_full_disk_is_one_line(run, monkeypatch):
     *_, folder = run("--seeds", "1", "--only", "second")
     before = (folder / "results.json").read_text()
 
-    def full(path: Path, write) -> None:
+    def full(path: Path, text: str, encoding: str) -> None:
+        with path.open("w") as file:
+            file.write(text[:10])
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(report, "write_whole", full)
+    monkeypatch.setattr(Path, "write_text", full)
     code, _, err, _ = run("--seeds", "1", "--only", "second")
     assert code == 1
     assert "No space left on device" in err
     assert err.count("\n") == 1
     assert (folder / "results.json").read_text() == before
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
 def test_too_few_examples_is_one_line(run, monkeypatch):

@@ -51,7 +51,16 @@ def test_larger_training_sets_contain_smaller_ones_and_leave_the_test_set_alone(
 
 def test_seed_draws_the_split():
     assert torch.equal(make_split(DIGITS, 5).test.x, make_split(DIGITS, 5).test.x)
-    assert not torch.equal(make_split(DIGITS, 5).test.y, make_split(DIGITS, 6).test.y)
+    assert not torch.equal(make_split(DIGITS, 5).train.y, make_split(DIGITS, 6).train.y)
+    assert not torch.equal(make_split(DIGITS, 5).validation.y, make_split(DIGITS, 6).validation.y)
+
+
+def test_no_seed_ever_trains_or_chooses_on_a_test_image():
+    a, b = make_split(DIGITS, 5), make_split(DIGITS, 6)
+    test = raw(a.test, a)
+    assert test == raw(b.test, b)
+    for split in (a, b):
+        assert not test & (raw(split.train, split) | raw(split.validation, split))
 
 
 def test_label_noise_is_exact_and_on_training_labels_only():

@@ -17,6 +17,10 @@ ARMS = {"plain": SMALL, "noisy": replace(SMALL, model=noisy)}
 SEEDS = [0, 1, 2]
 
 
+def scaled(width: int, scale: float) -> None:
+    """Never called: only its signature is looked at."""
+
+
 def leave_note(model, split) -> dict:
     return {"note": 1}
 
@@ -97,6 +101,11 @@ def test_what_varies_is_computed_from_the_arms():
     assert held["model"] == "noisy"
     assert held["optimizer"] == "SGD"
     assert what_varies([a, a])[0] == []
+    positional = [replace(SMALL, model=partial(partial(scaled, 2), scale=scale)) for scale in (1, 3)]
+    varies, held = what_varies(positional)
+    assert varies == ["model.scale"]
+    assert held["model.width"] == "2"
+    assert what_varies([replace(SMALL, model=partial(scaled, width)) for width in (1, 2)])[0] == ["model.width"]
 
 
 def test_a_function_no_worker_could_find_is_refused_in_one_line():

@@ -139,9 +139,9 @@ def test_told_apart_is_the_area_under_the_roc_curve(lesson14):
     assert lesson14.told_apart(other, own) == pytest.approx(expected)
 
 
-def test_what_is_no_digit_keeps_the_size(lesson14):
+def test_strange_inputs_keep_the_size(lesson14):
     test = make_split(load("digits"), 0, 100).test
-    kinds = lesson14.not_digits(test)
+    kinds = lesson14.strange_inputs(test)
     assert {x.shape for x in kinds.values()} == {test.x.shape}
     assert torch.equal(kinds["shuffled"].flatten(1).sort(1).values, test.x.flatten(1).sort(1).values)
     assert torch.equal(kinds["turned"][0, 0], torch.rot90(test.x[0, 0], 1))

@@ -15,6 +15,7 @@ from common.experiment import Comparison, SameProcess, compare
 from common.plotting import BASELINE, colours, new_figure, plot_curves, plot_estimates, plot_reliability, shared_legend
 from common.report import Table
 from common.statistics import NOT_JUDGED, Claim, Estimate, above
+from common.training import Run
 
 LONG_NAME = "an arm with a rather long name"
 
@@ -43,7 +44,7 @@ def test_tables_fit_80_columns_and_lose_no_number(runs):
 def test_a_claim_wraps_by_words_and_keeps_its_numbers():
     effect = Estimate(-4.25, -5.5, -3.0, 10)
     claim = Claim(
-        "x-1", "A statement of many words " * 4, "A source 2014", "x", above(0.5), effect, "points", NOT_JUDGED
+        "x-1", "A statement of many words " * 4, "A source 2014", "x", above(0.5), effect, "points", 10, NOT_JUDGED
     )
     text = printed(report.claims_table([report.claim_json(claim)]))
     assert all(len(line) <= 80 for line in text.splitlines())
@@ -56,6 +57,32 @@ def test_losses_of_arms_that_train_for_different_times_share_no_epoch_heading(ru
     assert heads[-1] == "100 % of\ntraining"
     equal = Comparison(runs.seeds, {"plain": SMALL}, {"plain": "plain"}, {"plain": runs.runs["plain"]})
     assert report.loss_table(equal).columns[-1] == "epoch\n3"
+
+
+def test_losses_stand_at_the_share_of_each_arms_own_training(runs):
+    long, short = replace(SMALL, epochs=100), replace(SMALL, epochs=10)
+
+    def row(epochs: list[int]) -> list[Run]:
+        values = [float(epoch) for epoch in epochs]
+        return [Run(0, {"epoch": epochs, "train_loss": values, "validation_loss": values})]
+
+    rows = {"long": row([0, 25, 50, 75, 100]), "short": row([0, 5, 10]), "lost": row([0, 25])}
+    arms = {"long": long, "short": short, "lost": long}
+    table = report.loss_table(Comparison([0], arms, dict.fromkeys(arms, "long"), rows))
+    assert table.rows[0][3] == "50.00/50.00"
+    assert [table.rows[1][i] for i in (1, 3, 5)] == ["0.00/0.00", "5.00/5.00", "10.00/10.00"]
+    assert table.rows[2][2:] == ["25.00/25.00", "–/–", "–/–", "–/–"]
+
+
+@pytest.mark.parametrize("epochs", [(3, 3), (3, 5)])
+@pytest.mark.parametrize("history", [{}, {"epoch": [0], "train_loss": [2.3], "validation_loss": [2.3]}])
+def test_tables_survive_when_every_run_diverges_at_the_start(epochs, history):
+    arms = {str(i): replace(SMALL, epochs=each) for i, each in enumerate(epochs)}
+    lost = Run(0, history, diverged_at=0)
+    table = report.loss_table(Comparison([0], arms, dict.fromkeys(arms, "0"), {arm: [lost] for arm in arms}))
+    assert len(table.rows) == 2
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    printed(table)
 
 
 def test_diverged_runs_show_in_the_table_and_in_words(runs):

@@ -90,7 +90,11 @@ def test_estimates_go_by_column_and_points_are_hundredths():
     ],
 )
 def test_verdicts(low, high, expected, verdict):
-    assert judge(Estimate((low + high) / 2, low, high, 10), expected) == verdict
+    assert judge(Estimate((low + high) / 2, low, high, 10), expected, seeds=10) == verdict
+
+
+def test_survivors_of_diverged_runs_decide_nothing():
+    assert judge(Estimate(1, 0.9, 1.1, 9), above(0), seeds=10) == UNCLEAR
 
 
 def test_ranges_read_as_words():

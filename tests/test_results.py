@@ -1,0 +1,157 @@
+"""The committed reference runs and the README that quotes them: fresh, complete, and saying what is claimed."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import LESSONS, ROOT, load_lesson
+from PIL import Image
+
+from common import readme, report
+from common.statistics import FAILS, HOLDS, UNCLEAR, Estimate, Range, judge
+
+RESULTS = readme.load_results()
+
+# What the README and the lessons lean on. A new reference run that overturns one of these must be told, not slipped in.
+HEADLINES = {
+    "14_dropout_regularization": {
+        "Add dropout: better generalisation": HOLDS,
+        "Dropout narrows the gap of validation to training loss": HOLDS,
+        "Evaluating in training mode costs accuracy": HOLDS,
+        "Shallow: p from 0.1 to 0.2 beats any other": FAILS,
+        "It gains more where labels are wrong (200 digits)": HOLDS,
+        "From the lowest validation loss on, test accuracy falls, too (wrong labels)": HOLDS,
+    }
+}
+
+
+def test_every_lesson_has_its_reference_run():
+    assert sorted(RESULTS) == LESSONS
+    assert sorted(HEADLINES) == LESSONS
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_results_come_from_the_code_as_it_stands(lesson):
+    fresh = f"results/{lesson} is older than the code; run: python {lesson}.py --out results"
+    assert RESULTS[lesson]["environment"]["source"] == report.source_hash(lesson), fresh
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_results_are_a_whole_default_run(lesson):
+    record, folder = RESULTS[lesson], ROOT / "results" / lesson
+    settings = record["settings"]
+    assert settings["seeds"] == list(range(10))
+    assert (settings["dataset"], settings["quick"]) == ("digits", False)
+    names = [experiment.__name__ for experiment in load_lesson(lesson).EXPERIMENTS]
+    assert list(record["experiments"]) == names
+    for entry in record["experiments"].values():
+        for figure in entry["figures"]:
+            with Image.open(folder / figure) as image:
+                image.load()
+        for arm in entry.get("arms", {}).values():
+            assert [run["seed"] for run in arm["runs"]] == settings["seeds"]
+    assert (folder / "summary.md").read_text(encoding="utf-8") == report.summary_markdown(record)
+    assert len(record["claims"]) >= 10
+    assert record["seconds"] == pytest.approx(
+        sum(entry["seconds"] for entry in record["experiments"].values()), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_verdicts_follow_from_the_estimates(lesson):
+    for claim in RESULTS[lesson]["claims"]:
+        words = claim["expected"].removesuffix(claim["estimate"]["unit"]).split()
+        if words[0] in "<>":
+            limit = float(words[1])
+            expected = Range(limit, float("inf")) if words[0] == ">" else Range(float("-inf"), limit)
+        else:
+            expected = Range(float(words[0]), float(words[2]))
+        effect = Estimate(*(claim["estimate"][name] for name in Estimate._fields))
+        assert claim["verdict"] == judge(effect, expected, claim["seeds"]), claim["statement"]
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_paired_differences_follow_from_the_runs(lesson):
+    from common.statistics import paired_difference
+
+    for entry in RESULTS[lesson]["experiments"].values():
+        for arm in entry.get("arms", {}).values():
+            other = entry["arms"][arm["baseline"]]
+            values = [[run["test"]["accuracy"] for run in each["runs"]] for each in (arm, other)]
+            if None not in values[0] + values[1]:
+                found = arm["difference"]["test_accuracy"]
+                expected = paired_difference(*values)
+                assert [found[name] for name in Estimate._fields] == pytest.approx(list(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_headline_claims_hold(lesson):
+    verdict = {claim["statement"]: claim["verdict"] for claim in RESULTS[lesson]["claims"]}
+    for statement, expected in HEADLINES[lesson].items():
+        assert verdict[statement] == expected, statement
+    assert set(verdict.values()) <= {HOLDS, FAILS, UNCLEAR}
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_every_exercise_has_its_answer(lesson):
+    text = (ROOT / f"{lesson}.py").read_text(encoding="utf-8")
+    exercises = re.findall(r"^# (\d)\. ", text.partition("# ## Exercises")[2], flags=re.MULTILINE)
+    answers = (ROOT / "results" / lesson / "answers.md").read_text(encoding="utf-8")
+    assert 3 <= len(exercises) <= 5
+    assert re.findall(r"<summary>(\d)\. ", answers) == exercises
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_says_what_results_say():
+    assert readme.fill(README, readme.blocks(RESULTS)) == README, "out of date; run: python -m common.readme"
+    assert re.findall(r"<!-- begin: (.+?) -->", README)
+
+
+def test_a_stale_readme_is_noticed():
+    stale = re.sub(r"\+\d\.\d", "+99.9", README, count=1)
+    assert readme.fill(stale, readme.blocks(RESULTS)) == README
+
+
+def test_readme_links_lead_somewhere():
+    for text, base in [(README, ROOT)] + [
+        (path.read_text(encoding="utf-8"), path.parent) for path in ROOT.glob("results/*/*.md")
+    ]:
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+            if not target.startswith("http"):
+                assert (base / target).exists(), target
+
+
+def test_readme_anchors_exist():
+    heads = {
+        re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-")
+        for head in re.findall(r"^#+ (.+)$", README, re.M)
+    }
+    for anchor in re.findall(r"\]\(#([^)]+)\)", README):
+        assert anchor in heads, anchor
+
+
+def test_quick_start_is_two_command_lines():
+    section = README.partition("## Quick start")[2]
+    block = re.search(r"```\w*\n(.*?)```", section, flags=re.DOTALL)[1]
+    first, second = [line for line in block.splitlines() if line and not line.startswith("#")]
+    assert first.endswith("python 14_dropout_regularization.py")
+    assert second.endswith("python -m pytest")
+
+
+def test_the_readme_generator_knows_every_experiment():
+    made = readme.blocks(RESULTS)
+    for lesson, record in RESULTS.items():
+        for name in record["experiments"]:
+            lines = made[f"excerpt {lesson[:2]} {name}"].splitlines()
+            assert all(len(line) <= 80 for line in lines)
+    with pytest.raises(KeyError):
+        readme.fill("<!-- begin: nothing -->\n<!-- end -->", made)
+
+
+def test_results_hold_nothing_of_this_machines_paths():
+    for path in (ROOT / "results").rglob("*.*"):
+        if path.suffix in (".md", ".json"):
+            assert str(Path.home()) not in path.read_text(encoding="utf-8")
+            assert str(ROOT) not in path.read_text(encoding="utf-8")
