@@ -276,7 +276,7 @@ def overfitting(lab: Lab) -> None:
             lab.finding(f"{arm}: from there to the end validation accuracy changes by {interval(change)} points.")
             for ax in axes:
                 ax.axvline(np.mean(turns), color=colour, linewidth=1, linestyle=":")
-    axes[0].set(xlabel="epoch (dotted: overfitting begins)", ylabel="loss (nats): training dashed, validation solid")
+    axes[0].set(xlabel="epoch (dotted: overfitting begins)", ylabel="loss in nats (dashed: training)")
     axes[1].set(xlabel="epoch (dotted: overfitting begins)", ylabel="validation accuracy (%)", ylim=(60, 100))
     shared_legend(figure, axes[0])
     lab.figure("overfitting", figure)
@@ -333,7 +333,7 @@ def which_p(lab: Lab) -> None:
         accuracy = points(runs.estimate("test_accuracy", best))
         gain = runs.gain(best)
         lab.finding(f"{best} is best on validation: {accuracy.mean:.1f} % on test, {interval(gain)} points over p = 0.")
-    axes[0].set(xlabel="p, probability to drop a unit", ylabel="test accuracy (%), star: chosen on validation")
+    axes[0].set(xlabel="p, probability to drop a unit (star: best on validation)", ylabel="test accuracy (%)")
     axes[1].set(xlabel="p, probability to drop a unit", ylabel="validation loss (nats)")
     shared_legend(figure, axes[0])
     lab.figure("which_p", figure)

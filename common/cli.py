@@ -82,7 +82,9 @@ def parse(lesson: str, title: str, names: Sequence[str], arguments: Sequence[str
     parser.add_argument("--dataset", default="digits", help=f"one of: {', '.join(LOADERS)} (default digits)")
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="where downloaded data sets are kept")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)")
-    parser.add_argument("--jobs", type=whole_number(1), metavar="N", help="runs at a time (default: one per core)")
+    parser.add_argument(
+        "--jobs", type=whole_number(1), metavar="N", help="runs at a time on the CPU (default: one per core)"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "outputs", metavar="DIR", help="where results are written")
     options = parser.parse_args(arguments)
     if options.dataset not in LOADERS:
