@@ -239,8 +239,8 @@ def question_of(experiment: Callable[[Lab], None]) -> str:
 def progress() -> Progress:
     """A bar with the time left, on stderr; nothing when that is not a terminal."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    error = Console(stderr=True)
-    return Progress(*columns, console=error, transient=True, disable=not error.is_terminal)
+    shown = sys.stderr.isatty()
+    return Progress(*columns, console=Console(stderr=True, quiet=not shown), transient=True, disable=not shown)
 
 
 def in_notebook() -> bool:

@@ -42,6 +42,12 @@ def everything_diverges(lab: Lab) -> None:
     runs.notes("accuracy", "diverges")
 
 
+def same_arm_twice(lab: Lab) -> None:
+    """Can an arm be lost behind another of the same name?"""
+    for _ in range(2):
+        lab.compare({"plain": SMALL}, "plain")
+
+
 EXPERIMENTS = [first, second, everything_diverges]
 
 
@@ -231,6 +237,13 @@ def test_a_full_disk_is_one_line(run, monkeypatch):
     assert err.count("\n") == 1
     assert (folder / "results.json").read_text() == before
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_two_arms_of_one_name_are_refused(run, monkeypatch):
+    monkeypatch.setattr("test_cli.EXPERIMENTS", [same_arm_twice])
+    code, _, err, _ = run("--seeds", "1")
+    assert code == 2
+    assert err == "error: two comparisons of one experiment share the arm plain\n"
 
 
 def test_too_few_examples_is_one_line(run, monkeypatch):

@@ -1,8 +1,9 @@
 import math
+import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 
 import numpy as np
 import pytest
@@ -127,3 +128,18 @@ def test_one_seed_has_a_mean_and_no_interval():
     runs = compare(ARMS, "plain", [0], SameProcess())
     assert math.isfinite(runs.gain("noisy").mean)
     assert math.isnan(runs.gain("noisy").low)
+
+
+def test_an_interruption_does_not_wait_for_the_runs_in_progress():
+    start = time.monotonic()
+
+    def interrupted() -> None:
+        with workers(2, "digits") as pool:
+            for _ in range(4):
+                pool.submit(time.sleep, 60)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert time.monotonic() - start < 30  # not a timing: the runs would have slept for two minutes
+    assert not active_children()
