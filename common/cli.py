@@ -53,7 +53,7 @@ def choose_jobs(asked: int | None, device: str) -> int:
 
 
 def choose_device(name: str) -> str:
-    """The device for `--device`: auto is the CPU for digits, too small for a GPU to gain anything.
+    """The device for `--device`: auto is the CPU, which is all that digits need.
 
     Raises LessonError for a device this PyTorch does not have.
     """

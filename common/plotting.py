@@ -10,7 +10,7 @@ from common.experiment import Comparison
 from common.statistics import Estimate, estimates
 
 BASELINE = "black"
-# Okabe & Ito's palette, in the order in which neighbours differ most
+# Okabe & Ito's colour-blind-safe palette without its yellow, too pale for a line; a purple and a grey added
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#999999"]
 
 

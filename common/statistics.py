@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit  # the quantile of Student's t; scipy.stats would take 0.7 s to import
+from scipy.special import stdtrit  # the quantile of Student's t
 
 HOLDS, FAILS, UNCLEAR, NOT_JUDGED = "holds here", "does not hold here", "unclear", "not judged"
 
