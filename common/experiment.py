@@ -161,6 +161,32 @@ class Comparison:
         return max(arms, key=lambda arm: np.nan_to_num(self.values(metric, arm), nan=-np.inf).mean())
 
 
+def tuning_seeds(reported: Sequence[int], count: int) -> list[int]:
+    """`count` seeds to choose settings with, none of which is reported on."""
+    first = max(1_000_000, max(reported) + 1)
+    return list(range(first, first + count))
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A grid: in each of its rows the scores on validation by candidate, (seeds,), NaN where a run diverged."""
+
+    metric: str
+    scores: dict[str, dict[float, np.ndarray]]
+
+    def mean(self, row: str, candidate: float) -> float:
+        """The mean score over the seeds, NaN if any run diverged."""
+        return float(self.scores[row][candidate].mean())
+
+    def best(self, row: str) -> float:
+        """The candidate with the best mean score: the lowest loss, or the highest accuracy. One that lost a run comes
+        last; of equals the first wins.
+        """
+        sign = -1 if self.metric.endswith("loss") else 1
+        means = {candidate: sign * self.mean(row, candidate) for candidate in self.scores[row]}
+        return max(means, key=lambda candidate: np.nan_to_num(means[candidate], nan=-np.inf))
+
+
 def compare(
     arms: dict[str, Recipe],
     baseline: str | dict[str, str],

@@ -6,7 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from rich.rule import Rule
 
 from common import report
 from common.data import LessonError
-from common.experiment import AllDivergedError, Comparison, compare, what_varies
+from common.experiment import AllDivergedError, Comparison, Tuning, compare, tuning_seeds, what_varies
 from common.statistics import NOT_JUDGED, Claim, Estimate, Range, judge
 from common.training import Recipe
 
 QUICK_EPOCHS = 4
+TUNING_SEEDS = 4
 
 
 @dataclass(frozen=True)
@@ -159,26 +160,12 @@ class Lab:
         inspect: Callable[..., dict[str, Any]] | None = None,
     ) -> Comparison:
         """Train every arm on every seed; print what varies, what is held, and the two tables of losses."""
-        if self.quick:
-            arms = {arm: replace(recipe, epochs=min(recipe.epochs, QUICK_EPOCHS)) for arm, recipe in arms.items()}
+        arms = self.shortened(arms)
         varies, held = what_varies(list(arms.values()))
         self.console.print(f"\nvaries: {', '.join(varies) or 'nothing'}", markup=False, highlight=False)
         same = ", ".join(f"{name}={value}" for name, value in held.items() if value != "None")
         self.console.print(f"held:   {same}", markup=False, highlight=False, style="dim")
-        seeds = self.settings.seeds
-        with progress() as bar:
-            task = bar.add_task(self.name, total=len(arms) * len(seeds))
-            settings = self.settings
-            runs = compare(
-                arms,
-                baseline,
-                seeds,
-                self.executor,
-                settings.dataset,
-                settings.device,
-                inspect,
-                lambda _: bar.advance(task),
-            )
+        runs = self.train(arms, baseline, self.settings.seeds, inspect)
         self.table(report.loss_table(runs))
         self.table(report.summary_table(runs))
         for line in report.diverged_lines(runs):
@@ -189,6 +176,43 @@ class Lab:
         self.entry["baseline"] = self.entry["baseline"] or next(iter(runs.baseline.values()))
         self.entry.setdefault("arms", {}).update(report.arms_json(runs))
         return runs
+
+    def tune(self, name: str, grids: dict[str, dict[float, Recipe]], metric: str = "validation_accuracy") -> Tuning:
+        """Train each row's candidates on seeds that are not reported, print the grid of mean scores, mark the best.
+
+        name: what the candidates differ in, for the table's title. metric: what chooses, on validation (see Run.value).
+        """
+        recipes = {(row, key): recipe for row, grid in grids.items() for key, recipe in grid.items()}
+        arms = {f"{row}, {key}": replace(recipe, evaluations=1) for (row, key), recipe in recipes.items()}
+        seeds = tuning_seeds(self.settings.seeds, 1 if self.quick else TUNING_SEEDS)
+        runs = self.train(self.shortened(arms), next(iter(arms)), seeds)
+        scores = {row: {key: runs.values(metric, f"{row}, {key}") for key in grid} for row, grid in grids.items()}
+        tuning = Tuning(metric, scores)
+        self.table(report.tuning_table(name, tuning, seeds))
+        return tuning
+
+    def shortened(self, arms: dict[str, Recipe]) -> dict[str, Recipe]:
+        """The arms, cut to a few epochs in a quick run."""
+        if not self.quick:
+            return arms
+        return {arm: replace(recipe, epochs=min(recipe.epochs, QUICK_EPOCHS)) for arm, recipe in arms.items()}
+
+    def train(
+        self,
+        arms: dict[str, Recipe],
+        baseline: str | dict[str, str],
+        seeds: Sequence[int],
+        inspect: Callable[..., dict[str, Any]] | None = None,
+    ) -> Comparison:
+        """Train every arm on every seed behind a progress bar."""
+        settings = self.settings
+        with progress() as bar:
+            task = bar.add_task(self.name, total=len(arms) * len(seeds))
+
+            def advance(_: Future) -> None:
+                bar.advance(task)
+
+            return compare(arms, baseline, seeds, self.executor, settings.dataset, settings.device, inspect, advance)
 
     def table(self, table: report.Table) -> None:
         """Print a table and keep it."""

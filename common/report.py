@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from common.experiment import Comparison
+from common.experiment import Comparison, Tuning
 from common.statistics import FAILS, HOLDS, NOT_JUDGED, UNCLEAR, Claim, Estimate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,6 +115,29 @@ def summary_table(runs: Comparison) -> Table:
         "s",
     ]
     return Table("After the last epoch (means over seeds, 95 % intervals)", columns, rows, group_breaks(runs))
+
+
+def tuning_table(name: str, tuning: Tuning, seeds: Sequence[int]) -> Table:
+    """The grid that a setting was chosen from: mean score of each candidate, the best of each row marked by a star.
+
+    Rows that share their candidates share columns; otherwise each cell names its own candidate.
+    """
+    grids = {row: list(candidates) for row, candidates in tuning.scores.items()}
+    shared = next(iter(grids.values()))
+    same = all(candidates == shared for candidates in grids.values())
+    unit, digits = (100, 1) if tuning.metric.endswith("accuracy") else (1, 3)
+
+    def cell(row: str, candidate: float) -> str:
+        star = "*" if candidate == tuning.best(row) else ""
+        score = number(unit * tuning.mean(row, candidate), digits) + star
+        return score if same else f"{candidate:g}: {score}"
+
+    longest = max(map(len, grids.values()))
+    heads = [f"{candidate:g}" for candidate in shared] if same else [""] * longest
+    rows = [[row, *(cell(row, each) for each in grid), *[""] * (longest - len(grid))] for row, grid in grids.items()]
+    metric = tuning.metric.replace("_", " ") + (" in %" if unit == 100 else "")
+    which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+    return Table(f"{name}, chosen (*) by {metric}, {which}", ["arm", *heads], rows)
 
 
 def diverged_lines(runs: Comparison) -> list[str]:

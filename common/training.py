@@ -52,11 +52,14 @@ class Recipe:
 
 @dataclass
 class State:
-    """What a hook of the recipe may look at, and `notes`, where it may leave plain data for the Run."""
+    """What a hook of the recipe may look at: the run so far, `epoch` of at most `epochs`; and `notes`, where it may
+    leave plain data for the Run.
+    """
 
     model: nn.Module
     optimizer: Optimizer
     split: Split
+    epochs: int
     epoch: int = 0
     step: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
@@ -71,7 +74,7 @@ class Run:
     final: the last of these, with test_loss and test_accuracy; every value is NaN if the run diverged.
     best: the same at the epoch of the lowest validation loss. The test set chooses nothing.
     diverged_at: the first step (from 1) whose loss was not finite; the history ends there.
-    seconds: time spent in training steps, evaluation left out.
+    seconds: time spent in training, the recipe's hooks included, the evaluations for the history left out.
     notes: whatever the recipe's hooks and `inspect` left.
     """
 
@@ -182,7 +185,7 @@ def fit(
     batch_order = torch.Generator().manual_seed(derive(seed, "batches"))
     torch.manual_seed(derive(seed, "masks"))
 
-    run, state = Run(seed), State(model, optimizer, split)
+    run, state = Run(seed), State(model, optimizer, split, recipe.epochs)
     measured_epochs = set(np.linspace(0, recipe.epochs, recipe.evaluations + 1).round().astype(int).tolist())
     record(run, state)
     stop = False
@@ -190,11 +193,11 @@ def fit(
         start = time.perf_counter()
         losses = train_epoch(recipe, state, schedule, batch_order)
         finite = torch.stack(losses).isfinite().tolist()  # once an epoch: a look at every step would stall a GPU
-        run.seconds += time.perf_counter() - start
         if not all(finite):
             run.diverged_at = state.step - len(finite) + 1 + finite.index(False)
             break
         stop = bool(recipe.after_epoch and recipe.after_epoch(state))
+        run.seconds += time.perf_counter() - start
         if stop or state.epoch in measured_epochs:
             record(run, state)
     run.notes = state.notes

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -267,3 +269,24 @@ def test_jobs_by_device_and_place(monkeypatch):
 
 def test_cores_are_those_this_process_may_use():
     assert 1 <= available_cores() <= 1024
+
+
+def tunes(lab: Lab) -> None:
+    """Which rate does validation choose?"""
+    rates = {rate: replace(SMALL, optimizer=partial(torch.optim.SGD, lr=rate)) for rate in (1e-6, 0.1)}
+    best = lab.tune("Rate", {"plain": rates}).best("plain")
+    lab.compare({"chosen": rates[best]}, "chosen")
+
+
+def test_tuning_is_printed_and_kept_and_is_no_arm(run, monkeypatch, tmp_path):
+    monkeypatch.setitem(globals(), "EXPERIMENTS", [tunes])
+    code, out, err, folder = run()
+    assert (code, err) == (0, "")
+    entry = json.loads((folder / "results.json").read_text())["experiments"]["tunes"]
+    grid = entry["table"][0]
+    assert grid["title"] == "Rate, chosen (*) by validation accuracy in %, seeds 1000000 to 1000003"
+    assert grid["columns"] == ["arm", "1e-06", "0.1"]
+    assert grid["rows"][0][2].endswith("*")
+    assert grid["title"] in " ".join(out.split())
+    assert list(entry["arms"]) == ["chosen"]
+    assert not {run["seed"] for run in entry["arms"]["chosen"]["runs"]} & set(range(1_000_000, 1_000_004))

@@ -11,7 +11,16 @@ import torch
 from recipes import DIVERGES, SMALL, noisy
 
 from common.data import LessonError
-from common.experiment import AllDivergedError, Comparison, SameProcess, compare, what_varies, workers
+from common.experiment import (
+    AllDivergedError,
+    Comparison,
+    SameProcess,
+    Tuning,
+    compare,
+    tuning_seeds,
+    what_varies,
+    workers,
+)
 from common.training import Run
 
 ARMS = {"plain": SMALL, "noisy": replace(SMALL, model=noisy)}
@@ -143,3 +152,17 @@ def test_an_interruption_does_not_wait_for_the_runs_in_progress():
         interrupted()
     assert time.monotonic() - start < 30  # not a timing: the runs would have slept for two minutes
     assert not active_children()
+
+
+@pytest.mark.parametrize("reported", [range(10), [1_000_001, 1_000_002], [5]])
+def test_tuning_seeds_are_none_of_those_reported(reported):
+    seeds = tuning_seeds(reported, 4)
+    assert len(set(seeds)) == 4
+    assert not set(seeds) & set(reported)
+
+
+def test_tuning_picks_the_best_mean_and_never_one_that_lost_a_run():
+    scores = {0.1: np.array([0.5, 0.7]), 0.2: np.array([0.9, np.nan]), 0.3: np.array([0.8, 0.6]), 0.4: np.full(2, 0.7)}
+    assert Tuning("validation_accuracy", {"row": scores}).best("row") == 0.3  # of equals the first
+    assert Tuning("validation_loss", {"row": scores}).best("row") == 0.1
+    assert math.isnan(Tuning("validation_loss", {"row": scores}).mean("row", 0.2))

@@ -11,7 +11,7 @@ from recipes import DIVERGES, SMALL, noisy
 from rich.console import Console
 
 from common import report
-from common.experiment import Comparison, SameProcess, compare
+from common.experiment import Comparison, SameProcess, Tuning, compare
 from common.plotting import BASELINE, colours, new_figure, plot_curves, plot_estimates, plot_reliability, shared_legend
 from common.report import Table
 from common.statistics import NOT_JUDGED, Claim, Estimate, above
@@ -206,3 +206,22 @@ def test_the_baseline_is_always_black_and_no_two_arms_share_a_colour():
     assert chosen["base"] == BASELINE
     assert len(set(chosen.values())) == 4
     assert isinstance(new_figure("x", 3)[0], Figure)
+
+
+def test_a_tuning_table_marks_the_chosen_and_fits_80_columns():
+    accuracy = {
+        "decay": {1e-05: [0.5], 0.1: [0.75]},
+        "dropout with a longer name": {0.2: [0.8], 0.5: [0.7], 0.9: [0.1]},
+    }
+    scores = {row: {key: np.array(value) for key, value in grid.items()} for row, grid in accuracy.items()}
+    table = report.tuning_table("Strength", Tuning("validation_accuracy", scores), [7])
+    assert table.rows == [
+        ["decay", "1e-05: 50.0", "0.1: 75.0*", ""],
+        ["dropout with a longer name", "0.2: 80.0*", "0.5: 70.0", "0.9: 10.0"],
+    ]
+    assert all(len(line) <= 80 for line in printed(table).splitlines())
+    same = {row: {0.1: np.array([2.0, 1.0]), 1.0: np.array([1.0, 1.0])} for row in ("SGD", "Adam")}
+    table = report.tuning_table("Rate", Tuning("validation_loss", same), [7, 8])
+    assert table.columns == ["arm", "0.1", "1"]
+    assert table.rows[0] == ["SGD", "1.500", "1.000*"]
+    assert table.title == "Rate, chosen (*) by validation loss, seeds 7 to 8"

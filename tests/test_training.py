@@ -1,5 +1,6 @@
 import copy
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -179,3 +180,14 @@ def test_fresh_model_for_every_run():
     first, second = fit(recipe, 0), fit(recipe, 0)
     assert built[0] is not built[1]
     assert first.final == second.final
+
+
+def count_down(state: State) -> None:
+    state.notes.setdefault("left", []).append(state.epochs - state.epoch)
+    time.sleep(0.05)
+
+
+def test_a_hook_knows_the_last_epoch_and_its_time_is_counted():
+    run = fit(replace(SMALL, epochs=3, after_epoch=count_down), seed=0)
+    assert run.notes["left"] == [2, 1, 0]
+    assert run.seconds >= 3 * 0.05
