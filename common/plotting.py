@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.experiment import Comparison
+from common.experiment import Comparison, Tuning
 from common.statistics import Estimate, estimates
 
 BASELINE = "black"
@@ -91,3 +91,37 @@ def shared_legend(figure: Figure, ax: Axes, columns: int = 4) -> None:
     """One legend below all panels, from the labels of `ax`, where it can cover no data."""
     handles, labels = ax.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False)
+
+
+def plot_dots(ax: Axes, effects: dict[str, Estimate], colour: str, label: str = "") -> None:
+    """A dot with its 95 % interval for each name, from top to bottom."""
+    mean, low, high, _ = np.array(list(effects.values()), dtype=float).T
+    places = np.arange(len(effects))
+    ax.errorbar(mean, places, xerr=[mean - low, high - mean], fmt="o", color=colour, capsize=3, label=label)
+    ax.set_yticks(places, list(effects))
+    ax.set_ylim(len(effects) - 0.5, -0.5)
+
+
+def plot_grid(ax: Axes, tuning: Tuning, low: float, high: float) -> None:
+    """A heat map of accuracies in %, rows by shared candidates, coloured from `low` to `high`; a star marks the best
+    of each row.
+    """
+    rows = list(tuning.scores)
+    candidates = list(tuning.scores[rows[0]])
+    cells = np.array([[100 * tuning.mean(row, each) for each in candidates] for row in rows])
+    ax.imshow(cells, cmap="viridis", vmin=low, vmax=high, aspect="auto", origin="lower")
+    for i, j in np.ndindex(cells.shape):
+        star = "*" if candidates[j] == tuning.best(rows[i]) else ""
+        colour = "white" if cells[i, j] <= (low + 2 * high) / 3 else "black"
+        text = f"{cells[i, j]:.1f}{star}" if np.isfinite(cells[i, j]) else "–"
+        ax.text(j, i, text, ha="center", va="center", color=colour)
+    ax.grid(False)
+    ax.set_xticks(range(len(candidates)), [f"{each:g}" for each in candidates])
+    ax.set_yticks(range(len(rows)), rows)
+
+
+def log_ticks(ax: Axes, x: Sequence[float]) -> None:
+    """A logarithmic x axis with ticks at these values and no others."""
+    ax.set_xscale("log")
+    ax.set_xticks(x, [f"{each:g}" for each in x])
+    ax.minorticks_off()

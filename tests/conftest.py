@@ -24,6 +24,11 @@ def lesson14() -> ModuleType:
     return load_lesson("14_dropout_regularization")
 
 
+@pytest.fixture
+def lesson15() -> ModuleType:
+    return load_lesson("15_regularization_techniques_detailed")
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)

@@ -12,7 +12,18 @@ from rich.console import Console
 
 from common import report
 from common.experiment import Comparison, SameProcess, Tuning, compare
-from common.plotting import BASELINE, colours, new_figure, plot_curves, plot_estimates, plot_reliability, shared_legend
+from common.plotting import (
+    BASELINE,
+    colours,
+    log_ticks,
+    new_figure,
+    plot_curves,
+    plot_dots,
+    plot_estimates,
+    plot_grid,
+    plot_reliability,
+    shared_legend,
+)
 from common.report import Table
 from common.statistics import NOT_JUDGED, Claim, Estimate, above
 from common.training import Run
@@ -225,3 +236,36 @@ def test_a_tuning_table_marks_the_chosen_and_fits_80_columns():
     assert table.columns == ["arm", "0.1", "1"]
     assert table.rows[0] == ["SGD", "1.500", "1.000*"]
     assert table.title == "Rate, chosen (*) by validation loss, seeds 7 to 8"
+
+
+def test_dots_are_named_from_top_to_bottom():
+    figure, (ax,) = new_figure("x")
+    plot_dots(ax, {"a": Estimate(1, 0, 3, 10), "b": Estimate(math.nan, math.nan, math.nan, 0)}, "black", "gain")
+    figure.canvas.draw()
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+    assert ax.get_ylim() == (1.5, -0.5)
+    low, high = ax.containers[0][2][0].get_segments()[0][:, 0]
+    assert (low, high) == (0, 3)
+
+
+def test_a_grid_shows_every_cell_and_stars_the_best_of_each_row():
+    scores = {
+        "lr 1": {0.1: np.array([0.5]), 1.0: np.array([0.9])},
+        "lr 2": {0.1: np.array([0.7]), 1.0: np.array([np.nan])},
+    }
+    figure, (ax,) = new_figure("x")
+    plot_grid(ax, Tuning("validation_accuracy", scores), 50, 90)
+    figure.canvas.draw()
+    assert [text.get_text() for text in ax.texts] == ["50.0", "90.0*", "70.0*", "–"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0.1", "1"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["lr 1", "lr 2"]
+
+
+def test_log_ticks_are_those_asked_for():
+    figure, (ax,) = new_figure("x")
+    ax.plot([50, 800], [1, 2])
+    log_ticks(ax, [50, 200, 800])
+    figure.canvas.draw()
+    assert ax.get_xscale() == "log"
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["50", "200", "800"]
+    assert not ax.xaxis.get_minorticklocs().size

@@ -21,7 +21,22 @@ HEADLINES = {
         "Shallow: p from 0.1 to 0.2 beats any other": FAILS,
         "It gains more where labels are wrong (200 digits)": HOLDS,
         "From the lowest validation loss on, test accuracy falls, too (wrong labels)": HOLDS,
-    }
+    },
+    "15_regularization_techniques_detailed": {
+        "Train loss ↓ + validation loss ↑ = worse predictions (wrong labels)": HOLDS,
+        "Train loss ↓ + validation loss ↑ = worse predictions (right labels)": FAILS,
+        "Validation loss ↑, yet accuracy still improves (right, 100, rate 0.03)": HOLDS,
+        "Data augmentation helps": HOLDS,
+        "Early stopping helps": HOLDS,
+        "Small weight decay, 1e-4, a default start: it helps": FAILS,
+        "L1 forces weights to zero: at least a tenth of them (proximal step)": HOLDS,
+        "L1 forces weights to zero: at least a tenth of them (subgradient step)": FAILS,
+        "L1 selects features: less weight on useless inputs than without": HOLDS,
+        "It is free: better even with 40 of the 200 digits held out for it (right labels)": FAILS,
+        "Mirroring, wrong for digits, costs accuracy (right labels)": HOLDS,
+        "Together they need less strength than each alone": HOLDS,
+        "Two gains overlap: dropout, augm.": HOLDS,
+    },
 }
 
 
