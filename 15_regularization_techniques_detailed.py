@@ -524,7 +524,7 @@ def weight_decay(lab: Lab) -> None:
             plot_estimates(ax, SCALE[1:], effects[1:], label, colour)
             ax.axhline(effects[0].mean, color=colour, linestyle=":")
     for ax, label in ((axes[0], "test accuracy (%)"), (axes[1], "gap: validation − training loss (nats)")):
-        ax.set_xscale("log")
+        log_ticks(ax, SCALE[1:])
         ax.set(xlabel="strength λ (dotted: no decay)", ylabel=label)
     axes[0].legend(frameon=False, loc="lower left")
     lab.figure("weight_decay", figure)
@@ -756,13 +756,11 @@ def weight_by_input(model: nn.Module, split: Split) -> dict[str, list[float]]:
     """
     by_input = next(p for p in model.parameters() if p.ndim > 1).detach().abs().sum(0)
     pixels = split.train.x.flatten(1)
-    constant = pixels.amax(0) == pixels.amin(0)
-    extra = torch.ones(len(by_input) - len(constant), dtype=torch.bool, device=constant.device)
-    none = torch.zeros_like(extra)
-    masks = torch.cat([~constant, none]), torch.cat([constant, none]), torch.cat([torch.zeros_like(constant), extra])
+    kind = torch.full_like(by_input, 2)
+    kind[: pixels.shape[1]] = (pixels.amax(0) == pixels.amin(0)).float()
     total = by_input.sum().clamp_min(1e-12)
-    shares = [float(by_input[mask].sum() / total) for mask in masks]
-    return {"weight": shares, "inputs": [float(mask.float().mean()) for mask in masks]}
+    shares = [float(by_input[kind == i].sum() / total) for i in range(3)]
+    return {"weight": shares, "inputs": [float((kind == i).float().mean()) for i in range(3)]}
 
 
 def feature_selection(lab: Lab) -> None:

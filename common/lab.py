@@ -24,7 +24,7 @@ from common.experiment import AllDivergedError, Comparison, Tuning, compare, tun
 from common.statistics import NOT_JUDGED, Claim, Estimate, Range, judge
 from common.training import Recipe
 
-QUICK_EPOCHS = 4
+QUICK_EPOCHS = 2
 TUNING_SEEDS = 4
 
 
@@ -149,8 +149,7 @@ class Lab:
         self.record["claims"] = sorted(claims, key=lambda claim: self.order.index(claim["experiment"]))
         self.record["seconds"] = sum(entry["seconds"] for entry in self.record["experiments"].values())
         folder = self.folder()
-        report.write_json(folder / "results.json", self.record)
-        summary = report.summary_markdown(report.plain(self.record))
+        summary = report.summary_markdown(report.write_json(folder / "results.json", self.record))
         report.write_whole(folder / "summary.md", lambda aside: aside.write_text(summary, encoding="utf-8"))
 
     def compare(

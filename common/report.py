@@ -304,7 +304,9 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         aside.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write strict JSON, whole or not at all."""
-    text = json.dumps(plain(value), allow_nan=False, ensure_ascii=False)
+def write_json(path: Path, value: Any) -> Any:
+    """Write strict JSON, whole or not at all; returns the value as it was written."""
+    written = plain(value)
+    text = json.dumps(written, allow_nan=False, ensure_ascii=False)
     write_whole(path, lambda aside: aside.write_text(text + "\n", encoding="utf-8"))
+    return written
