@@ -132,7 +132,7 @@ def proximal_l1(state: State, strength: float) -> None:
 
 # %% [markdown]
 # Then what changes labels and images. Label smoothing mixes the label with the uniform distribution; mixup mixes
-# whole examples, images and labels alike; augmentation moves, turns and blurs with noise, another draw for each image,
+# whole examples, images and labels alike; augmentation moves, turns and adds noise, with another draw for each image,
 # all of it in a few tensor operations on the batch's device.
 
 
