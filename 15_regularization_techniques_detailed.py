@@ -50,7 +50,7 @@ from common.plotting import (
     plot_grid,
     shared_legend,
 )
-from common.report import Table, interval, loss, number
+from common.report import Table, interval, loss, number, signed
 from common.statistics import (
     above,
     below,
@@ -406,16 +406,16 @@ def line_up(lab: Lab) -> None:
     arms[several] = replace(BASELINE, model=partial(ensemble, members=MEMBERS), loss=each_alone)
     runs = lab.compare(arms, "none", inference_time)
 
-    seconds = {arm: float(np.nanmedian(runs.values("seconds", arm))) for arm in arms}
-    inference = {arm: float(np.nanmedian(runs.notes("inference", arm))) for arm in arms}
+    seconds = {arm: runs.estimate("seconds", arm).mean for arm in arms}
+    inference = {arm: estimate(runs.notes("inference", arm)).mean for arm in arms}
     rows = []
     for arm in arms:
         losses = [loss(runs.estimate(metric, arm).mean) for metric in ("train_loss", "validation_loss")]
         accuracy = number(100 * runs.estimate("test_accuracy", arm).mean, 1)
         gain = "baseline" if arm == "none" else interval(runs.gain(arm))
-        price = [f"{times[arm] / times['none']:.1f}×" for times in (seconds, inference)]
+        price = [number(times[arm] / times["none"], 1) + "×" for times in (seconds, inference)]
         strength = f"{chosen[arm]:g}" if arm in chosen else "–"
-        rows.append([arm, strength, *losses, f"{runs.estimate('gap', arm).mean:+.2f}", accuracy, gain, *price])
+        rows.append([arm, strength, *losses, signed(runs.estimate("gap", arm).mean), accuracy, gain, *price])
     heads = ["technique", "at", "train\nloss", "val.\nloss", "gap", "test\nacc. %", "gain over\nnone, points"]
     lab.table(Table("What it brings, what it costs", [*heads, "train\ntime", "test\ntime"], rows))
     others = [arm for arm in arms if arm != "none"]
@@ -1001,7 +1001,7 @@ def augmentation(lab: Lab) -> None:
     digits = torch.stack([split.train.x[split.train.y == c][0] for c in (2, 3, 4, 5, 7, 7, 7, 7)])
     rows = {"as they are": digits} | {kind: change(digits) for kind, change in changes.items()}
     figure, (ax,) = new_figure("What does augmentation do to a digit?")
-    ax.imshow(mosaic(rows), cmap="gray_r", vmin=float(digits.min()), vmax=float(digits.max()))
+    ax.imshow(mosaic(rows).numpy(), cmap="gray_r", vmin=float(digits.min()), vmax=float(digits.max()))
     side = digits.shape[2] + 2
     ax.set_yticks([side * (i + 0.5) - 0.5 for i in range(len(rows))], list(rows))
     ax.set_xticks([])

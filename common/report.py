@@ -42,10 +42,15 @@ def loss(value: float) -> str:
     return "<0.01" if 0 < value < 0.01 else number(value, 2)
 
 
+def signed(value: float, digits: int = 2) -> str:
+    """A number with its sign; a dash where there is none."""
+    return f"{value:+.{digits}f}" if math.isfinite(value) else "–"
+
+
 def interval(effect: Estimate, digits: int = 1) -> str:
     """A signed mean with its interval: +5.2 [+4.1, +6.3]."""
     if not math.isfinite(effect.low):
-        return f"{effect.mean:+.{digits}f}" if math.isfinite(effect.mean) else "–"
+        return signed(effect.mean, digits)
     return f"{effect.mean:+.{digits}f} [{effect.low:+.{digits}f}, {effect.high:+.{digits}f}]"
 
 
@@ -101,7 +106,7 @@ def summary_table(runs: Comparison) -> Table:
         accuracy = runs.estimate("test_accuracy", arm).scaled(100)
         is_baseline = runs.baseline[arm] == arm
         difference = "baseline" if is_baseline else interval(runs.difference("test_accuracy", arm).scaled(100))
-        row = [loss(mean["train_loss"]), loss(mean["validation_loss"]), f"{mean['gap']:+.2f}"]
+        row = [loss(mean["train_loss"]), loss(mean["validation_loss"]), signed(mean["gap"])]
         lost = sum(run.diverged_at is not None for run in runs.runs[arm])
         rows.append([arm, *row, number(accuracy.mean, 1), difference, str(lost), loss(mean["seconds"])])
     columns = [

@@ -238,6 +238,15 @@ def test_a_tuning_table_marks_the_chosen_and_fits_80_columns():
     assert table.title == "Rate, chosen (*) by validation loss, seeds 7 to 8"
 
 
+def test_what_diverged_is_a_dash_and_never_nan():
+    runs = compare({"gone": DIVERGES, "plain": SMALL}, "plain", [0, 1], SameProcess())
+    for table in (report.summary_table(runs), report.loss_table(runs)):
+        cells = [cell for row in table.rows for cell in row]
+        assert any("–" in cell for cell in cells)
+        assert not any("nan" in cell for cell in cells)
+    assert [report.signed(value) for value in (0.126, -2.0, math.nan)] == ["+0.13", "-2.00", "–"]
+
+
 def test_dots_are_named_from_top_to_bottom():
     figure, (ax,) = new_figure("x")
     plot_dots(ax, {"a": Estimate(1, 0, 3, 10), "b": Estimate(math.nan, math.nan, math.nan, 0)}, "black", "gain")
