@@ -176,14 +176,21 @@ class Lab:
         self.entry.setdefault("arms", {}).update(report.arms_json(runs))
         return runs
 
-    def tune(self, name: str, grids: dict[str, dict[float, Recipe]], metric: str = "validation_accuracy") -> Tuning:
-        """Train each row's candidates on seeds that are not reported, print the grid of mean scores, mark the best.
+    def tune(
+        self,
+        name: str,
+        grids: dict[str, dict[float, Recipe]],
+        metric: str = "validation_accuracy",
+        count: int = TUNING_SEEDS,
+    ) -> Tuning:
+        """Train each row's candidates on `count` seeds that are not reported, print the grid of mean scores, mark the
+        best.
 
         name: what the candidates differ in, for the table's title. metric: what chooses, on validation (see Run.value).
         """
         recipes = {(row, key): recipe for row, grid in grids.items() for key, recipe in grid.items()}
         arms = {f"{row}, {key}": replace(recipe, evaluations=1) for (row, key), recipe in recipes.items()}
-        seeds = tuning_seeds(self.settings.seeds, 1 if self.quick else TUNING_SEEDS)
+        seeds = tuning_seeds(self.settings.seeds, 1 if self.quick else count)
         runs = self.train(self.shortened(arms), next(iter(arms)), seeds)
         scores = {row: {key: runs.values(metric, f"{row}, {key}") for key in grid} for row, grid in grids.items()}
         tuning = Tuning(metric, scores)

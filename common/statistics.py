@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit  # the quantile of Student's t
+from scipy.special import betaincinv, stdtrit  # the quantiles of the beta and of Student's t distribution
 
 HOLDS, FAILS, UNCLEAR, NOT_JUDGED = "holds here", "does not hold here", "unclear", "not judged"
 
@@ -41,6 +41,14 @@ def estimate(values: Sequence[float] | np.ndarray) -> Estimate:
         return Estimate(mean, math.nan, math.nan, 1)
     half = float(stdtrit(n - 1, 0.975) * kept.std(ddof=1) / math.sqrt(n))
     return Estimate(mean, mean - half, mean + half, n)
+
+
+def proportion(outcomes: Sequence[bool] | np.ndarray) -> Estimate:
+    """Share (0…1) of the outcomes that are true, with its exact 95 % interval. Clopper & Pearson 1934."""
+    n, true = len(outcomes), int(np.sum(outcomes))
+    low = float(betaincinv(true, n - true + 1, 0.025)) if true else 0.0
+    high = float(betaincinv(true + 1, n - true, 0.975)) if true < n else 1.0
+    return Estimate(true / n, low, high, n)
 
 
 def estimates(values: np.ndarray) -> list[Estimate]:

@@ -29,6 +29,11 @@ def lesson15() -> ModuleType:
     return load_lesson("15_regularization_techniques_detailed")
 
 
+@pytest.fixture
+def lesson16() -> ModuleType:
+    return load_lesson("16_batch_normalization")
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)

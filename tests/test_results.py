@@ -37,6 +37,27 @@ HEADLINES = {
         "Together they need less strength than each alone": HOLDS,
         "Two gains overlap: dropout, augm.": HOLDS,
     },
+    "16_batch_normalization": {
+        "10 layers fail without it (default start)": HOLDS,
+        "10 layers train with it": HOLDS,
+        "10 layers: necessary, He's start fails": FAILS,
+        "20 layers: necessary, skips fail": FAILS,
+        "40 layers train with it": FAILS,
+        "40 layers: batch norm is as good as skip connections": FAILS,
+        "It can use higher learning rates, by half a decade at least": HOLDS,
+        "Less sensitive to the start: more scales work": HOLDS,
+        "Fewer steps to 80 % (sigmoid network)": HOLDS,
+        "14 times fewer steps (sigmoid network)": FAILS,
+        "The bias before batch norm is redundant": HOLDS,
+        "eval() forgotten costs accuracy (20 images, sorted by class)": HOLDS,
+        "Batches of 2: batch norm is worse than none": HOLDS,
+        "With the noise it is as accurate as without it": HOLDS,
+        "The gradient changes less along itself (4 × rate)": HOLDS,
+        "Smaller groups regularise more: 10 beats 100": HOLDS,
+        "In every block (0.5): worse than batch norm alone": HOLDS,
+        "In every block (0.2): worse than batch norm alone": FAILS,
+        "It is the shift (0.5): recomputed statistics give accuracy back": HOLDS,
+    },
 }
 
 

@@ -17,6 +17,7 @@ from common.statistics import (
     judge,
     paired_difference,
     points,
+    proportion,
     reliability,
     within,
 )
@@ -107,3 +108,10 @@ def test_calibration_of_a_known_case():
     assert table[0].tolist() == [0, 0, 0, 0, 0, 2, 0, 0, 0, 3]
     expected = (abs(1.1 - 1) + abs(2.9 - 2)) / 5
     assert calibration_error(table) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("true", "n"), [(0, 10), (1, 10), (9, 10), (10, 10), (3, 7)])
+def test_proportion_is_scipys_exact_interval(true, n):
+    interval = stats.binomtest(true, n).proportion_ci(0.95, method="exact")
+    found = proportion([True] * true + [False] * (n - true))
+    assert found == pytest.approx((true / n, interval.low, interval.high, n), abs=1e-9)
