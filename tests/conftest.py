@@ -34,6 +34,11 @@ def lesson16() -> ModuleType:
     return load_lesson("16_batch_normalization")
 
 
+@pytest.fixture
+def lesson17() -> ModuleType:
+    return load_lesson("17_batch_normalization_detailed")
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)

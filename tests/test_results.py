@@ -58,6 +58,19 @@ HEADLINES = {
         "In every block (0.2): worse than batch norm alone": FAILS,
         "It is the shift (0.5): recomputed statistics give accuracy back": HOLDS,
     },
+    "17_batch_normalization_detailed": {
+        "Batch norm fails with small batches: 2 cost more than without (vectors)": HOLDS,
+        "Batches of 2: layer norm beats batch norm (vectors)": HOLDS,
+        "Group norm for small batches: beats batch norm (2, convolutions)": FAILS,
+        "Instance norm removes an image's contrast: nothing lost": HOLDS,
+        "Instance norm for style: beats batch norm (contrast changed)": HOLDS,
+        "Instance norm throws contrast away: left at chance": HOLDS,
+        "Layer norm for sequences: beats batch norm (transformer)": FAILS,
+        "Padding spoils batch statistics (mixed batches)": FAILS,
+        "In training mode the neighbours' padding costs an image accuracy (sorted; BN, blind)": HOLDS,
+        "Too small an eps blows up the test loss: 1e-8 (blank pixels)": HOLDS,
+        "Layer norm is slightly slower: by 0 to 50 %": FAILS,
+    },
 }
 
 
