@@ -24,7 +24,7 @@ from common.experiment import AllDivergedError, Comparison, Tuning, compare, tun
 from common.statistics import NOT_JUDGED, Claim, Estimate, Range, judge
 from common.training import Recipe
 
-QUICK_EPOCHS = 2
+QUICK_EPOCHS = 1
 TUNING_SEEDS = 4
 
 

@@ -80,7 +80,10 @@ def loss_table(runs: Comparison, columns: int = 5) -> Table:
         nearest = [min(range(len(epochs)), key=lambda i: abs(epochs[i] - each), default=0) for each in wanted]
         tolerance = 0 if same else recipe.epochs / (columns - 1) / 2
         rows.append([arm, *(loss_cell(runs, arm, i, each, tolerance) for i, each in zip(nearest, wanted, strict=True))])
-    return Table("Loss by epoch: train/validation (means over seeds)", ["arm", *heads], rows, group_breaks(runs))
+    seen = [i for i in range(len(heads)) if any(row[i + 1] != "–/–" for row in rows)]  # columns that any arm has
+    rows = [[row[0], *(row[i + 1] for i in seen)] for row in rows]
+    heads = ["arm", *(heads[i] for i in seen)]
+    return Table("Loss by epoch: train/validation (means over seeds)", heads, rows, group_breaks(runs))
 
 
 def loss_cell(runs: Comparison, arm: str, i: int, epoch: float, tolerance: float) -> str:

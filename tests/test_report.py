@@ -85,6 +85,17 @@ def test_losses_stand_at_the_share_of_each_arms_own_training(runs):
     assert table.rows[2][2:] == ["25.00/25.00", "–/–", "–/–", "–/–"]
 
 
+def test_losses_leave_out_shares_of_training_at_which_nothing_was_measured():
+    arms = {"a": replace(SMALL, epochs=10), "b": replace(SMALL, epochs=20)}
+    rows = {
+        arm: [Run(0, {"epoch": [0, recipe.epochs], "train_loss": [2.0, 1.0], "validation_loss": [2.0, 1.0]})]
+        for arm, recipe in arms.items()
+    }
+    table = report.loss_table(Comparison([0], arms, dict.fromkeys(arms, "a"), rows))
+    assert table.columns == ["arm", "0 % of\ntraining", "100 % of\ntraining"]
+    assert table.rows == [["a", "2.00/2.00", "1.00/1.00"], ["b", "2.00/2.00", "1.00/1.00"]]
+
+
 @pytest.mark.parametrize("epochs", [(3, 3), (3, 5)])
 @pytest.mark.parametrize("history", [{}, {"epoch": [0], "train_loss": [2.3], "validation_loss": [2.3]}])
 def test_tables_survive_when_every_run_diverges_at_the_start(epochs, history):
