@@ -1071,7 +1071,8 @@ def with_dropout(lab: Lab) -> None:
 #
 # Each is one changed line; the answers, each from a run, are in `results/16_batch_normalization/answers.md`.
 #
-# 1. Adam instead of SGD: `SGD = partial(torch.optim.Adam, fused=True)`, then `--only depth`. Is batch norm needed?
+# 1. Adam instead of SGD: `SGD = partial(torch.optim.Adam, fused=True)`, with Adam's smaller rates,
+#    `GRID = (0.001, 0.003, 0.01, 0.03)`, then `--only depth`. Is batch norm still needed?
 # 2. In `recomputed`, leave out `layer.reset_running_stats()`. Which table of `--only modes` notices?
 # 3. Four times as many steps (`epochs=32` in `BASELINE`), then `--only learning_rate`. What is left of the gain?
 # 4. Let the networks use our own layer, `WITH = replace(BASELINE, model=partial(mlp, norm=BatchNorm))`, and run
