@@ -375,7 +375,8 @@ def groups(lab: Lab) -> None:
 # can take such a change out; batch norm, in eval mode, divides by what it has seen in training.
 #
 # What can be taken out can also be lost. In a second task the label *is* the contrast: every image is multiplied by one
-# of ten factors, and the network must say by which. No table of losses there: those would be about the digits.
+# of ten factors, and the network must say by which, at the rate chosen for the digits. No table of losses there: those
+# would be about the digits.
 
 # %%
 FACTORS = tuple(0.4 * 1.4**i for i in range(10))
