@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -45,6 +46,13 @@ def loss(value: float) -> str:
 def signed(value: float, digits: int = 2) -> str:
     """A number with its sign; a dash where there is none."""
     return f"{value:+.{digits}f}" if math.isfinite(value) else "–"
+
+
+def candidate_name(candidate: float) -> str:
+    """A candidate of a grid, short enough for the head of a column: 0.003, 10, 3e-4."""
+    if 0 < candidate < 0.001:
+        return np.format_float_scientific(candidate, trim="-", exp_digits=1)
+    return f"{candidate:g}"
 
 
 def interval(effect: Estimate, digits: int = 1) -> str:
@@ -141,7 +149,7 @@ def tuning_table(name: str, tuning: Tuning, seeds: Sequence[int]) -> Table:
         return score if same else f"{candidate:g}: {score}"
 
     longest = max(map(len, grids.values()))
-    heads = [f"{candidate:g}" for candidate in shared] if same else [""] * longest
+    heads = [candidate_name(candidate) for candidate in shared] if same else [""] * longest
     rows = [[row, *(cell(row, each) for each in grid), *[""] * (longest - len(grid))] for row, grid in grids.items()]
     metric = tuning.metric.replace("_", " ") + (" in %" if unit == 100 else "")
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"

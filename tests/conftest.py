@@ -39,6 +39,11 @@ def lesson17() -> ModuleType:
     return load_lesson("17_batch_normalization_detailed")
 
 
+@pytest.fixture
+def lesson18() -> ModuleType:
+    return load_lesson("18_learning_rate_scheduling")
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)

@@ -285,7 +285,7 @@ def test_tuning_is_printed_and_kept_and_is_no_arm(run, monkeypatch, tmp_path):
     entry = json.loads((folder / "results.json").read_text())["experiments"]["tunes"]
     grid = entry["table"][0]
     assert grid["title"] == "Rate, chosen (*) by validation accuracy in %, seeds 1000000 to 1000003"
-    assert grid["columns"] == ["arm", "1e-06", "0.1"]
+    assert grid["columns"] == ["arm", "1e-6", "0.1"]
     assert grid["rows"][0][2].endswith("*")
     assert grid["title"] in " ".join(out.split())
     assert list(entry["arms"]) == ["chosen"]

@@ -2,6 +2,7 @@ import copy
 import math
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, LinearLR
 
 from common.data import Batch, load, make_split
-from common.training import State, evaluate, fit
+from common.training import State, evaluate, fit, seed_torch, split_for
 
 seen: list = []
 
@@ -191,3 +192,50 @@ def test_a_hook_knows_the_last_epoch_and_its_time_is_counted():
     run = fit(replace(SMALL, epochs=3, after_epoch=count_down), seed=0)
     assert run.notes["left"] == [2, 1, 0]
     assert run.seconds >= 3 * 0.05
+
+
+def test_a_split_is_kept_for_the_arms_of_its_seed_and_for_no_other():
+    kept = split_for("digits", 3, 100, 0.2, "cpu")
+    assert split_for("digits", 3, 100, 0.2, "cpu") is kept
+    for other in ((4, 100, 0.2), (3, 90, 0.2), (3, 100, 0.0)):
+        split = split_for("digits", *other, "cpu")
+        fresh = make_split(load("digits"), *other)
+        assert all(
+            torch.equal(a, b) for one, two in zip(split, fresh, strict=True) for a, b in zip(one, two, strict=True)
+        )
+        assert not torch.equal(split.train.x[:90], kept.train.x[:90]) or not torch.equal(split.train.y, kept.train.y)
+
+
+def test_runs_leave_the_kept_split_as_it_was():
+    before = [part.x.clone() for part in split_for("digits", 0, 200, 0.0, "cpu")]
+    fit(replace(SMALL, examples=200, epochs=2), 0)
+    after = split_for("digits", 0, 200, 0.0, "cpu")
+    assert all(torch.equal(a, part.x) for a, part in zip(before, after, strict=True))
+
+
+def test_seeding_gives_the_numbers_of_torchs_own():
+    seed_torch(5, "cpu")
+    ours = torch.randn(3), torch.nn.Linear(2, 2).weight
+    torch.manual_seed(5)
+    theirs = torch.randn(3), torch.nn.Linear(2, 2).weight
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_the_final_test_is_measured_whether_the_last_epoch_is_the_best_or_not():
+    seen = []
+
+    def look(model, split):
+        seen.append(model.training)
+        return {"test": evaluate(model, split.test)}
+
+    best_last = []
+    for epochs, rate in ((1, 0.01), (30, 0.3)):
+        recipe = replace(SMALL, optimizer=partial(torch.optim.SGD, lr=rate), epochs=epochs, label_noise=0.9)
+        run = fit(recipe, 0, inspect=look)
+        assert (run.final["test_loss"], run.final["test_accuracy"]) == run.notes["test"]
+        assert run.final["epoch"] == epochs
+        best_last.append(run.best["epoch"] == epochs)
+        run.final["test_loss"] = -1.0
+        assert run.best["test_loss"] > 0
+    assert best_last == [True, False]
+    assert seen == [True, True]
