@@ -53,6 +53,10 @@ def test_one_cycle_moves_the_momentum_and_has_a_triangle(lesson18, total):
     assert rates_of(build, total) == pytest.approx([lesson18.triangle(t, total) for t in range(total)])
 
 
+def test_shares_of_the_steps_are_rounded(lesson18):
+    assert [lesson18.part(total, 0.3) for total in (1, 5, 10, 100)] == [1, 2, 3, 30]
+
+
 def test_the_schedules_in_numbers(lesson18):
     """By the paper or the documentation, not by PyTorch's code."""
     assert [lesson18.step_decay(t, 100) for t in (0, 29, 30, 60, 99)] == pytest.approx([1, 1, 0.1, 0.01, 1e-3])
@@ -80,6 +84,22 @@ def test_the_rate_drawn_is_the_rate_applied(lesson18):
     assert fit(replace(lesson18.BASELINE, epochs=3), 0).notes["rate"] == [0.03] * 6
 
 
+def test_the_momentum_is_noted_beside_the_rate(lesson18):
+    assert fit(replace(lesson18.BASELINE, epochs=1), 0).notes["momentum"] == [0.9, 0.9]
+    adam = replace(lesson18.at_rate(lesson18.BASELINE, 0.01, lesson18.ADAM), epochs=1)
+    assert all(map(math.isnan, fit(adam, 0).notes["momentum"]))
+
+
+def test_the_table_of_shapes_shows_first_quarters_and_last(lesson18):
+    from common.readme import load_results
+
+    table = load_results()["18_learning_rate_scheduling"]["experiments"]["shapes"]["table"][0]
+    rows = {row[0]: row[1:] for row in table["rows"]}
+    for name, by_hand in lesson18.BY_HAND.items():
+        assert rows[name][:5] == [f"{0.1 * by_hand(t, 80):.1e}" for t in (0, 19, 39, 59, 79)]
+    assert all(float(row[5]) < 1e-12 for row in rows.values())
+
+
 def test_every_schedule_takes_a_run_of_two_steps(lesson18):
     for name, recipe in lesson18.LINE_UP.items():
         assert fit(replace(recipe, epochs=1), 0).diverged_at is None, name
@@ -91,6 +111,7 @@ def test_plateau_by_hand_is_torchs(lesson18, monkeypatch, mode, patience):
     draw = np.random.default_rng(patience)
     losses = (2 * np.exp(-np.arange(60) / 10) + 0.3 * draw.random(60)).tolist()
     losses[20:23] = [losses[19] * (1 - 0.5e-4)] * 3  # better, but by too little
+    losses[40:46] = [0.1 * (1 - 5e-4) ** i for i in range(6)]  # better, if only just enough
     optimizer, theirs = dummy(0.1), dummy(0.1)
     scheduler = lr_scheduler.ReduceLROnPlateau(theirs, mode=mode, patience=patience, min_lr=1e-6)
     shown = iter(losses)
@@ -195,6 +216,9 @@ def test_gain_over_time_and_who_trained(lesson18):
     lost = comparison(lesson18, [[0.1, 0.5, 0.6], [0.1]], [0.6, 0.9], diverged=1)
     assert np.isnan(lesson18.gain_over_time(lost, "a")).tolist() == [False, True]
     assert lesson18.trained(lost, "a").tolist() == [True, False]
+    at_once = comparison(lesson18, [[0.1], [0.1]], [0.1, 0.1], diverged=1)
+    assert lesson18.gain_over_time(at_once, "a")[0] == 0
+    assert np.isnan(lesson18.gain_over_time(at_once, "a")[1])
 
 
 def test_furthest(lesson18):
@@ -263,6 +287,11 @@ def test_suggestions_read_a_curve(lesson18):
     found = lesson18.suggestions(rates, losses)
     assert 0.008 < found["steepest"] < 0.04  # smoothing lags by a few steps
     assert 0.05 < found["minimum / 10"] <= 0.13
+    early = losses + np.where(np.arange(61) < 4, 3.0, 0)  # falls at the start, while the mean is of few
+    late = losses.copy()
+    late[-4:] = 60.0, 1.0, 1.0, 1.0  # falls again after it exploded
+    for curve in (early, late):
+        assert lesson18.suggestions(rates, curve)["steepest"] == pytest.approx(found["steepest"], rel=0.6)
     with pytest.raises(AllDivergedError, match="exploded"):
         lesson18.suggestions(rates[:11], losses[:11])
 
@@ -274,6 +303,9 @@ def test_the_range_test_raises_the_rate_and_stops_when_the_loss_explodes(lesson1
     assert rates == pytest.approx(lesson18.SWEEP[: len(rates)])
     assert np.isfinite(losses).all()
     assert min(losses[:-1]) < 0.7 * losses[0]
+    assert len(losses) < 60
+    assert losses[-1] >= 4 * min(losses)
+    assert all(losses[i] < 4 * min(losses[: i + 1]) for i in range(len(losses) - 1))
     again = lesson18.range_test(recipe, 0, "digits", "cpu")[1]
     assert (again == losses).all()
     lost = replace(recipe, loss=lambda model, x, y: math.nan * model(x).sum())
@@ -397,7 +429,11 @@ def test_interrupt_compares_three_ways(lesson18, name):
     whole, kept, lost = (ended[way] for way in ("uninterrupted", "with the scheduler", "without the scheduler"))
     assert kept == whole
     assert whole[2] == 0
-    assert lost[2] > 1e-4
+    broken, *_ = lesson18.train_part(recipe, 1, 2)
+    end, *_ = lesson18.train_part(recipe, 1, 2, broken, ("model", "optimizer"))
+    unbroken, *_ = lesson18.train_part(recipe, 1, 4)
+    apart = [float((end["model"][name] - unbroken["model"][name]).abs().max()) for name in end["model"]]
+    assert lost[2] == max(apart) > 1e-4
     assert len(whole[1]) == len(lost[1]) == 40
     assert lost[1][:20] == whole[1][:20]
     assert lost[1][20:] != whole[1][20:]
