@@ -111,7 +111,7 @@ def test_plateau_by_hand_is_torchs(lesson18, monkeypatch, mode, patience):
     draw = np.random.default_rng(patience)
     losses = (2 * np.exp(-np.arange(60) / 10) + 0.3 * draw.random(60)).tolist()
     losses[20:23] = [losses[19] * (1 - 0.5e-4)] * 3  # better, but by too little
-    losses[40:46] = [0.1 * (1 - 5e-4) ** i for i in range(6)]  # better, if only just enough
+    losses[40:46] = [0.01 * (1 - 5e-4) ** i for i in range(6)]  # better, if only just enough
     optimizer, theirs = dummy(0.1), dummy(0.1)
     scheduler = lr_scheduler.ReduceLROnPlateau(theirs, mode=mode, patience=patience, min_lr=1e-6)
     shown = iter(losses)
