@@ -102,6 +102,29 @@ def plot_dots(ax: Axes, effects: dict[str, Estimate], colour: str, label: str = 
     ax.set_ylim(len(effects) - 0.5, -0.5)
 
 
+def heat_map(
+    ax: Axes,
+    cells: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    low: float,
+    high: float,
+    stars: Sequence[int],
+) -> None:
+    """Numbers as colours, (rows, columns), from `low` to `high`, the first row at the bottom; a star marks one column
+    of each row.
+    """
+    ax.imshow(cells, cmap="viridis", vmin=low, vmax=high, aspect="auto", origin="lower")
+    for i, j in np.ndindex(cells.shape):
+        star = "*" if j == stars[i] else ""
+        colour = "white" if cells[i, j] <= (low + 2 * high) / 3 else "black"
+        text = f"{cells[i, j]:.1f}{star}" if np.isfinite(cells[i, j]) else "–"
+        ax.text(j, i, text, ha="center", va="center", color=colour)
+    ax.grid(False)
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(rows)), rows)
+
+
 def plot_grid(ax: Axes, tuning: Tuning, low: float, high: float) -> None:
     """A heat map of accuracies in %, rows by shared candidates, coloured from `low` to `high`; a star marks the best
     of each row.
@@ -109,15 +132,8 @@ def plot_grid(ax: Axes, tuning: Tuning, low: float, high: float) -> None:
     rows = list(tuning.scores)
     candidates = list(tuning.scores[rows[0]])
     cells = np.array([[100 * tuning.mean(row, each) for each in candidates] for row in rows])
-    ax.imshow(cells, cmap="viridis", vmin=low, vmax=high, aspect="auto", origin="lower")
-    for i, j in np.ndindex(cells.shape):
-        star = "*" if candidates[j] == tuning.best(rows[i]) else ""
-        colour = "white" if cells[i, j] <= (low + 2 * high) / 3 else "black"
-        text = f"{cells[i, j]:.1f}{star}" if np.isfinite(cells[i, j]) else "–"
-        ax.text(j, i, text, ha="center", va="center", color=colour)
-    ax.grid(False)
-    ax.set_xticks(range(len(candidates)), [f"{each:g}" for each in candidates])
-    ax.set_yticks(range(len(rows)), rows)
+    stars = [candidates.index(tuning.best(row)) for row in rows]
+    heat_map(ax, cells, rows, [f"{each:g}" for each in candidates], low, high, stars)
 
 
 def log_ticks(ax: Axes, x: Sequence[float]) -> None:

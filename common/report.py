@@ -39,12 +39,18 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def loss(value: float) -> str:
-    """A loss, or seconds, with two decimals; what is too small for them as <0.01, so that columns stay narrow."""
+    """A loss, or seconds, with two decimals; what is too small for them as <0.01, what is too large as 3e+08, so that
+    columns stay narrow.
+    """
+    if value >= 1e4 and math.isfinite(value):
+        return f"{value:.0e}"
     return "<0.01" if 0 < value < 0.01 else number(value, 2)
 
 
 def signed(value: float, digits: int = 2) -> str:
-    """A number with its sign; a dash where there is none."""
+    """A number with its sign, in scientific notation where it is huge; a dash where there is none."""
+    if abs(value) >= 1e6 and math.isfinite(value):
+        return f"{value:+.0e}"
     return f"{value:+.{digits}f}" if math.isfinite(value) else "–"
 
 

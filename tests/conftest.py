@@ -44,6 +44,11 @@ def lesson18() -> ModuleType:
     return load_lesson("18_learning_rate_scheduling")
 
 
+@pytest.fixture
+def lesson19() -> ModuleType:
+    return load_lesson("19_weight_initialization")
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)

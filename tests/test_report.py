@@ -15,6 +15,7 @@ from common.experiment import Comparison, SameProcess, Tuning, compare
 from common.plotting import (
     BASELINE,
     colours,
+    heat_map,
     log_ticks,
     new_figure,
     plot_curves,
@@ -256,6 +257,25 @@ def test_what_diverged_is_a_dash_and_never_nan():
         assert any("–" in cell for cell in cells)
         assert not any("nan" in cell for cell in cells)
     assert [report.signed(value) for value in (0.126, -2.0, math.nan)] == ["+0.13", "-2.00", "–"]
+    assert [report.signed(value, 1) for value in (3.05e17, -2e6, 999999.0)] == ["+3e+17", "-2e+06", "+999999.0"]
+
+
+def test_huge_losses_leave_room_for_the_names():
+    assert [report.loss(value) for value in (0.0, 0.001, 2.3, 9999.0, 3.4e8, math.nan, math.inf)] == [
+        "0.00",
+        "<0.01",
+        "2.30",
+        "9999.00",
+        "3e+08",
+        "–",
+        "–",
+    ]
+    history = {name: [3.4e19] * 6 for name in ("train_loss", "validation_loss")} | {"epoch": list(range(6))}
+    runs = Comparison([0], {"arm": SMALL}, {"arm": "arm"}, {"arm": [Run(0, history)]})
+    console = Console(file=io.StringIO(), width=80)
+    report.print_table(console, report.loss_table(runs))
+    assert "arm" in console.file.getvalue().splitlines()[-2]
+    assert "…" not in console.file.getvalue()
 
 
 def test_dots_are_named_from_top_to_bottom():
@@ -279,6 +299,16 @@ def test_a_grid_shows_every_cell_and_stars_the_best_of_each_row():
     assert [text.get_text() for text in ax.texts] == ["50.0", "90.0*", "70.0*", "–"]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0.1", "1"]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["lr 1", "lr 2"]
+
+
+def test_a_heat_map_is_rows_by_columns_from_the_bottom():
+    figure, (ax,) = new_figure("x")
+    heat_map(ax, np.array([[1.0, 2.0, 3.0], [4.0, np.nan, 6.0]]), ["a", "b"], ["x", "y", "z"], 0, 10, [2, 0])
+    figure.canvas.draw()
+    assert [text.get_text() for text in ax.texts] == ["1.0", "2.0", "3.0*", "4.0*", "–", "6.0"]
+    assert [text.get_position() for text in ax.texts[:4]] == [(0, 0), (1, 0), (2, 0), (0, 1)]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["x", "y", "z"]
+    assert ax.get_ylim() == (-0.5, 1.5)
 
 
 def test_log_ticks_are_those_asked_for():
