@@ -666,6 +666,7 @@ def test_first_aid_for_any_model_leaves_no_trace(lesson19):
     x, _ = batch()
     torch.manual_seed(0)
     expected = model.train()(x)
+    model.eval()
     torch.manual_seed(0)
     assert lesson19.first_aid(model, *batch()).loss == pytest.approx(
         float(F.cross_entropy(expected, batch()[1]).detach())
@@ -724,6 +725,30 @@ def test_first_aid_takes_other_shapes_and_layers(lesson19):
     assert lesson19.first_aid(rows.double(), x.double(), y).cause == "healthy"
     single = lesson19.first_aid(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), x, y)
     assert len(single.layers) == 1
+
+
+def test_tiny_gradients_tell_units_apart(lesson19):
+    """Equal weights, gradients that differ but are 10⁹ times smaller: the units will part."""
+    layer = nn.Linear(4, 3)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    layer.weight.grad = 1e-9 * torch.eye(3, 4)
+    seen = lesson19.Vitals("1 (a)", 1.0, 1.0, 0.0)
+    lesson19.look_at_weights(seen, layer, torch.ones(5, 3), layer.weight.detach().clone())
+    assert (seen.distinct, seen.update) == (1, 0)
+    assert seen.gradient == pytest.approx(math.sqrt(3))
+    layer.weight.grad = 1e-9 * torch.ones(3, 4)
+    lesson19.look_at_weights(seen, layer, torch.ones(5, 3), layer.weight.detach() + 1)
+    assert seen.distinct == pytest.approx(1 / 3)
+    assert seen.update == pytest.approx(0.5)
+
+
+def test_the_step_is_sgds_at_a_hundredth_unless_told_otherwise(lesson19):
+    torch.manual_seed(0)
+    model = lesson19.mlp(TASK, lesson19.he_normal, 2)
+    default = examine(lesson19, model).layers[0].update
+    hundredth = examine(lesson19, model, optimizer=partial(torch.optim.SGD, lr=0.01)).layers[0].update
+    assert default == hundredth > 0
 
 
 def test_frozen_layers_and_models_that_cannot_be_examined(lesson19):
@@ -800,6 +825,7 @@ def test_diagnoses_of_vitals(lesson19):
         (with_one(1, saturated=0.91), ["saturated"]),
         (with_one(1, saturated=0.89), ["healthy"]),
         (sound(lesson19, saturated=math.nan), ["healthy"]),
+        ([*sound(lesson19, 1, saturated=math.nan), *sound(lesson19, 2, saturated=0.95)], ["saturated"]),
         (sound(lesson19, update=0.11), ["rate"]),
         (sound(lesson19, update=0.9e-5), ["rate"]),
         (sound(lesson19, update=0.0), ["healthy"]),
