@@ -715,20 +715,20 @@ def l1(lab: Lab) -> None:
 # %% [markdown]
 # ## 6. L1 for feature selection
 #
-# Each image gets 64 useless inputs beside its 64 pixels: a fixed, very rough function of the image, which to a learner
-# is noise. Some border pixels are useless as they are: they never change over the training set. How much of the first
-# layer's weight, summed as |w|, does each method leave where nothing can be learned?
+# Each image gets as many useless inputs as it has pixels (64): a fixed, very rough function of the image, which to a
+# learner is noise. Some border pixels are useless as they are: they never change over the training set. How much of the
+# first layer's weight, summed as |w|, does each method leave where nothing can be learned?
 #
 # Labels are right here, at first. Noise is just what a network needs to tell the wrongly labelled digits from the
 # others, so that with wrong labels these inputs are not useless at all: the last two arms show it.
 
 
 # %%
-EXTRA, KINDS = 64, ("useful", "constant", "useless")
+KINDS = ("useful", "constant", "useless")
 
 
 class UselessInputs(nn.Module):
-    """Appends EXTRA inputs in −√2…√2, of variance 1, to the flattened images: (N, C, H, W) to (N, C·H·W + EXTRA).
+    """Appends as many inputs in −√2…√2, of variance 1, to the flattened images: (N, C, H, W) to (N, 2 · C·H·W).
 
     They are sines of large random multiples of the image: the same image always gets the same ones, so they can be
     learned by heart, but images alike get quite different ones, so they say nothing of the class.
@@ -737,7 +737,7 @@ class UselessInputs(nn.Module):
     def __init__(self, pixels: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)  # its own: the starting weights must not depend on it
-        self.register_buffer("directions", 1e3 * torch.randn(pixels, EXTRA, generator=generator))
+        self.register_buffer("directions", 1e3 * torch.randn(pixels, pixels, generator=generator))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(1)
@@ -747,7 +747,7 @@ class UselessInputs(nn.Module):
 def with_useless_inputs(task: Task, p: float = 0.0) -> nn.Module:
     """The usual network on the pixels and the useless inputs."""
     pixels = prod(task.shape)
-    return nn.Sequential(UselessInputs(pixels), *mlp(Task((1, 1, pixels + EXTRA), task.classes), p=p))
+    return nn.Sequential(UselessInputs(pixels), *mlp(Task((1, 1, 2 * pixels), task.classes), p=p))
 
 
 def weight_by_input(model: nn.Module, split: Split) -> dict[str, list[float]]:

@@ -417,10 +417,17 @@ def depth(lab: Lab) -> None:
 # ## 3. Learning rate
 #
 # "Batch norm allows much higher learning rates." A grid over three decades, with and without, from the same start. A
-# rate *works* for a run when validation accuracy reaches 80 %; the width of the range is counted in decades.
+# rate *works* for a run when validation accuracy reaches 80 % (65 % on data sets that are harder than digits, where 80
+# % is out of reach in 32 steps); the width of the range is counted in decades.
 
 # %%
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+EASY = {"digits": 0.8, "mnist": 0.8}
+
+
+def good_accuracy(dataset: str) -> float:
+    """The accuracy (0…1) that counts as good on a data set, for rates, starts and steps that "work"."""
+    return EASY.get(dataset, 0.65)
 
 
 def median(values: np.ndarray) -> Estimate:
@@ -440,10 +447,10 @@ def accuracy_and_loss(figure: Figure, axes: list[Axes], runs: Comparison, names:
     shared_legend(figure, axes[0])
 
 
-def working(runs: Comparison, name: str) -> np.ndarray:
-    """Which rates work, (seeds, len(RATES)): validation accuracy of at least 80 % at the end."""
+def working(runs: Comparison, name: str, good: float) -> np.ndarray:
+    """Which rates work, (seeds, len(RATES)): validation accuracy of at least `good` at the end."""
     arms = [f"{name} {rate:g}" for rate in RATES]
-    return np.array([np.nan_to_num(runs.values("validation_accuracy", arm)) >= 0.8 for arm in arms]).T
+    return np.array([np.nan_to_num(runs.values("validation_accuracy", arm)) >= good for arm in arms]).T
 
 
 def learning_rate(lab: Lab) -> None:
@@ -454,7 +461,7 @@ def learning_rate(lab: Lab) -> None:
     best = {name: runs.best([f"{name} {rate:g}" for rate in RATES]) for name in both}
     widths, tops, rows = {}, {}, []
     for name in both:
-        works = working(runs, name)
+        works = working(runs, name, good_accuracy(lab.settings.dataset))
         widths[name] = works.sum(1) * log10(RATES[-1] / RATES[0]) / (len(RATES) - 1)
         tops[name] = np.log10([max(np.array(RATES)[row], default=nan) for row in works])
         accuracy = points(runs.estimate("test_accuracy", best[name]))
@@ -510,12 +517,14 @@ def initial_scale(lab: Lab) -> None:
         ax.set_xlabel("scale of the starting weights (1: He's start)")
     lab.figure("initial_scale", figure)
 
+    least = good_accuracy(lab.settings.dataset)
     good = {
-        name: np.sum([np.nan_to_num(runs.values("test_accuracy", f"{name} {s:g}")) >= 0.8 for s in SCALES], 0)
+        name: np.sum([np.nan_to_num(runs.values("test_accuracy", f"{name} {s:g}")) >= least for s in SCALES], 0)
         for name in best
     }
     for name in best:
-        lab.finding(f"{name}: {estimate(good[name]).mean:.1f} of {len(SCALES)} scales reach 80 % on the test set.")
+        reached = f"{estimate(good[name]).mean:.1f} of {len(SCALES)} scales"
+        lab.finding(f"{name}: {reached} reach {100 * least:.0f} % on the test set.")
     more = paired_difference(good[BN], good[PLAIN])
     lab.claim("Less sensitive to the start: more scales work", GUIDE, more, above(0), f"of {len(SCALES)} scales")
     small, large = (next(s for s in SCALES if s > limit) for limit in (0.09, 8))
@@ -527,18 +536,19 @@ def initial_scale(lab: Lab) -> None:
 # %% [markdown]
 # ## 5. Speed
 #
-# How many steps to 80 % on validation, each network at the rate at which it is best? Two networks: ours, and the small
-# one of Ioffe and Szegedy, three layers of 100 sigmoid units. A run that never gets there counts with the length of the
-# run, so the ratios are lower bounds. They reported 14 times fewer steps, for a large network of images.
+# How many steps to 80 % on validation (65 % where that is a good accuracy), each network at the rate at which it is
+# best? Two networks: ours, and the small one of Ioffe and Szegedy, three layers of 100 sigmoid units. A run that never
+# gets there counts with the length of the run, so the ratios are lower bounds. They reported 14 times fewer steps, for
+# a large network of images.
 
 # %%
-TARGET, EVERY = 0.8, 2
+EVERY = 2
 
 
-def note_arrival(state: State) -> None:
+def note_arrival(state: State, target: float) -> None:
     """Note the first step, of every second one, at which validation accuracy reaches the target."""
     if np.isnan(state.notes.setdefault("steps", nan)) and state.step % EVERY == 0:
-        reached = evaluate(state.model, state.split.validation)[1] >= TARGET
+        reached = evaluate(state.model, state.split.validation)[1] >= target
         state.notes["steps"] = float(state.step) if reached else nan
 
 
@@ -553,7 +563,9 @@ def speed(lab: Lab) -> None:
     }
     relu, sigmoids = (dict(list(nets.items())[i : i + 2]) for i in (0, 2))
     best = at_best_rate(lab, relu) | at_best_rate(lab, sigmoids, (0.1, 0.3, 1.0))
-    arms = {arm: replace(recipe, after_step=note_arrival, evaluations=4) for arm, recipe in best.items()}
+    target = good_accuracy(lab.settings.dataset)
+    noting = partial(note_arrival, target=target)
+    arms = {arm: replace(recipe, after_step=noting, evaluations=4) for arm, recipe in best.items()}
     runs = lab.compare(arms, {arm: arm.split(",")[0] for arm in arms})
     steps, late, rows = {}, {}, []
     for arm, recipe in runs.arms.items():
@@ -561,21 +573,21 @@ def speed(lab: Lab) -> None:
         steps[arm] = np.where(np.isnan(arrived), 4 * recipe.epochs, arrived)
         late[arm] = np.isnan(arrived)
         rows.append([arm, number(estimate(steps[arm]).mean, 1), f"{late[arm].sum()} of {len(arrived)}"])
-    lab.table(Table(f"Steps to {100 * TARGET:.0f} % on validation", ["network", "steps", "never there"], rows))
+    lab.table(Table(f"Steps to {100 * target:.0f} % on validation", ["network", "steps", "never there"], rows))
 
     figure, axes = new_figure("How many steps does batch norm save?", 2)
     for ax, name in zip(axes, ("ReLU", "sigmoid"), strict=True):
         for arm, colour in ((name, BLACK), (f"{name}, BN", COLOURS[0])):
             accuracy = [points(each) for each in estimates(runs.history("validation_accuracy", arm))]
             plot_estimates(ax, [4 * epoch for epoch in runs.epochs(arm)], accuracy, arm, colour)
-        ax.axhline(100 * TARGET, color="grey", linewidth=1, linestyle=":")
+        ax.axhline(100 * target, color="grey", linewidth=1, linestyle=":")
         ax.set(xlabel="step (dotted: the target)", ylabel="validation accuracy (%)")
         ax.legend(frameon=False, loc="lower right")
     lab.figure("speed", figure)
     for name in ("ReLU", "sigmoid"):
         ratio = steps[name] / steps[f"{name}, BN"]
         lab.finding(f"{name} network: {number(estimate(ratio).mean, 1)} times fewer steps with BN.")
-        lab.claim(f"Fewer steps to {100 * TARGET:.0f} % ({name} network)", IOFFE, estimate(ratio), above(1), "times")
+        lab.claim(f"Fewer steps to {100 * target:.0f} % ({name} network)", IOFFE, estimate(ratio), above(1), "times")
         ratio = np.where(late[name], nan, ratio)  # a lower bound cannot refute this
         lab.claim(f"14 times fewer steps ({name} network)", IOFFE, estimate(ratio), above(14), "times")
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 from rich.console import Console
 
-from common.data import LOADERS, LessonError
+from common.data import DATASETS, FOLDER, LessonError
 from common.experiment import workers
 from common.lab import Lab, Settings, in_notebook, question_of
 
@@ -79,16 +79,16 @@ def parse(lesson: str, title: str, names: Sequence[str], arguments: Sequence[str
     parser.add_argument("--first-seed", type=whole_number(0), default=0, metavar="S", help="the first seed (default 0)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="run these experiments only")
     parser.add_argument("--list", action="store_true", help="list the experiments and their questions")
-    parser.add_argument("--dataset", default="digits", help=f"one of: {', '.join(LOADERS)} (default digits)")
-    parser.add_argument("--data-dir", type=Path, default=ROOT / "data", help="where downloaded data sets are kept")
+    parser.add_argument("--dataset", default="digits", help=f"one of: {', '.join(DATASETS)} (default digits)")
+    parser.add_argument("--data-dir", type=Path, default=FOLDER, help="where downloaded data sets are kept")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)")
     parser.add_argument(
         "--jobs", type=whole_number(1), metavar="N", help="runs at a time on the CPU (default: one per core)"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "outputs", metavar="DIR", help="where results are written")
     options = parser.parse_args(arguments)
-    if options.dataset not in LOADERS:
-        parser.error(f"argument --dataset: {options.dataset!r} is not one of {', '.join(LOADERS)}")
+    if options.dataset not in DATASETS:
+        parser.error(f"argument --dataset: {options.dataset!r} is not one of {', '.join(DATASETS)}")
     for name in options.only or []:
         if name not in names:
             parser.error(f"argument --only: no experiment {name!r}; there are {', '.join(names)}")
@@ -140,7 +140,7 @@ def run_lesson(
         prepare_folder(out)
         if not in_notebook():
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers are ended too
-        with workers(jobs, options.dataset) as executor:
+        with workers(jobs, options.dataset, options.data_dir.expanduser()) as executor:
             lab = Lab(settings, names, console, executor)
             console.print(
                 f"{title}\n{options.dataset}, seeds {seeds[0]}–{seeds[-1]}, {options.device}, {jobs} at a time\n"

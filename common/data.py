@@ -1,8 +1,11 @@
 """Data sets as tensors in memory, and the split that a seed draws from them."""
 
-from collections.abc import Iterator
-from functools import lru_cache
-from typing import NamedTuple
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,12 +39,17 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """Raw images (N, C, H, W) and labels (N,), with how many to hold out for validation and for the test."""
+    """Raw images (N, C, H, W) and labels (N,), with how many to hold out for validation and for the test.
+
+    own_test: how many of the last images are the data set's own test part, from which the test is taken; 0 if it has
+    none.
+    """
 
     x: np.ndarray
     y: np.ndarray
     validation: int
     test: int
+    own_test: int = 0
 
     @property
     def task(self) -> Task:
@@ -56,15 +64,96 @@ def load_digits() -> Dataset:
     return Dataset(x.reshape(-1, 1, 8, 8).astype(np.float32), y.astype(np.int64), validation=397, test=400)
 
 
-# Every data set the command line offers. The larger ones (MNIST, Fashion-MNIST, …) join here,
-# each a function without arguments that returns a Dataset.
-LOADERS = {"digits": load_digits}
+# What torchvision offers: its class, and the folder that the class keeps its files in.
+TORCHVISION = {
+    "mnist": ("MNIST", "MNIST"),
+    "fashion-mnist": ("FashionMNIST", "FashionMNIST"),
+    "kmnist": ("KMNIST", "KMNIST"),
+    "cifar10": ("CIFAR10", "cifar-10-batches-py"),
+}
+DATASETS = ("digits", *TORCHVISION)
+FOLDER = Path(__file__).resolve().parent.parent / "data"
 
 
-@lru_cache(maxsize=1)
-def load(name: str) -> Dataset:
-    """The data set called `name`, read once in each process (a forked worker inherits its parent's)."""
-    return LOADERS[name]()
+def reason(error: BaseException) -> str:
+    """The last line of what an error says, or its name if it says nothing."""
+    return str(error).strip().rpartition("\n")[2] or type(error).__name__
+
+
+def load_torchvision(name: str, folder: Path) -> Dataset:
+    """One of TORCHVISION from `folder`, downloaded into it if it is not there: pixels 0…255, 1,000 images held out for
+    validation, 2,000 of the data set's own test images for the test.
+
+    Raises LessonError when torchvision cannot be imported, or the files are damaged or neither there nor to be had.
+    """
+    try:
+        from torchvision import datasets  # imported late: it takes 1.8 s, and the digits do not need it
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:  # missing, or made for another torch
+        way_out = f"install the torchvision that goes with torch {torch.__version__}, or use --dataset digits"
+        raise LessonError(f"--dataset {name} needs torchvision: {reason(error)}; {way_out}") from None
+    kind, place = TORCHVISION[name]
+    build = getattr(datasets, kind)
+    try:
+        parts = [build(folder, train=train) for train in (True, False)]
+    except RuntimeError as error:
+        if "not found" not in str(error):  # then it is there, but not as it should be
+            raise damaged(name, folder / place, error) from None
+        download(name, build, folder, place)
+        parts = [build(folder, train=train) for train in (True, False)]
+    except (AssertionError, EOFError, IndexError, OSError, TypeError, ValueError) as error:
+        raise damaged(name, folder / place, error) from None
+    x, y = (np.concatenate([np.asarray(getattr(part, what)) for part in parts]) for what in ("data", "targets"))
+    if len(x) != len(y) or len(np.unique(y)) != 10:
+        raise damaged(name, folder / place, f"{len(x)} images, {len(y)} labels")
+    x = x[:, None] if x.ndim == 3 else np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+    test = len(parts[1].data)
+    return Dataset(x, y.astype(np.int64), validation=min(1000, test), test=min(2000, test), own_test=test)
+
+
+def damaged(name: str, folder: Path, what: BaseException | str) -> LessonError:
+    """The error for files that cannot be read."""
+    what = what if isinstance(what, str) else reason(what)
+    return LessonError(f"the files of {name} in {folder} are damaged ({what}); delete that folder and run again")
+
+
+def download(name: str, build: Callable[..., Any], folder: Path, place: str) -> None:
+    """Let torchvision fetch the data set into a folder aside, with copies of what is already there, and put it in place
+    when it is whole; archives whose checksum is right are not fetched again.
+
+    Raises LessonError when the folder cannot be written to, or the files are not to be had.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix=".download-") as aside:
+            here, archive = folder / place, folder / getattr(build, "filename", "")
+            if here.is_dir():
+                shutil.copytree(here, Path(aside) / place, copy_function=shutil.copyfile)
+            if archive.is_file():
+                shutil.copyfile(archive, Path(aside) / archive.name)
+            try:
+                build(aside, download=True)
+            except (RuntimeError, OSError, EOFError) as error:
+                way_out = "connect to a network, put its files there yourself, or use --dataset digits"
+                text = f"{name} is not in {folder}, or not whole, and cannot be downloaded: {reason(error)}; {way_out}"
+                raise LessonError(text) from None
+            if here.exists():
+                os.replace(here, Path(aside) / "replaced")
+            os.replace(Path(aside) / place, here)
+    except OSError as error:
+        raise LessonError(f"argument --data-dir: cannot write to {folder} ({error.strerror}); choose another") from None
+
+
+kept: dict[str, Dataset] = {}
+
+
+def load(name: str, folder: Path = FOLDER) -> Dataset:
+    """The data set called `name`, one of DATASETS, read once in each process (a forked worker inherits its parent's):
+    later calls return it, whatever the folder.
+    """
+    if name not in kept:
+        kept.clear()
+        kept[name] = load_digits() if name == "digits" else load_torchvision(name, folder)
+    return kept[name]
 
 
 def derive(seed: int, purpose: str) -> int:
@@ -101,21 +190,25 @@ def make_split(
 
     Raises LessonError when the data set has fewer than `examples` left for training.
     """
-    available = len(dataset.y) - dataset.validation - dataset.test
+    available = len(dataset.y) - dataset.validation - (dataset.own_test or dataset.test)
     examples = available if examples is None else examples
     if not 0 < examples <= available:
         raise LessonError(f"{examples} training examples asked for; this data set has 1 to {available}")
     everything = stratified_order(dataset.y, np.random.default_rng(derive(0, "test")))
-    test, others = everything[: dataset.test], everything[dataset.test :]
+    if dataset.own_test:
+        own = everything >= len(dataset.y) - dataset.own_test
+        test, others = everything[own][: dataset.test], everything[~own]
+    else:
+        test, others = everything[: dataset.test], everything[dataset.test :]
     generator = np.random.default_rng(derive(seed, "split"))
     others = others[stratified_order(dataset.y[others], generator)]
     validation, train = others[: dataset.validation], others[dataset.validation :][:examples]
-    mean = dataset.x[train].mean(axis=(0, 2, 3), keepdims=True)
-    deviation = dataset.x[train].std(axis=(0, 2, 3), keepdims=True)
+    pixels = dataset.x[train].astype(np.float32)
+    mean, deviation = (f(axis=(0, 2, 3), keepdims=True) for f in (pixels.mean, pixels.std))
     labels = mislabel(dataset.y[train], label_noise, dataset.task.classes, generator)
 
     def batch(part: np.ndarray, y: np.ndarray) -> Batch:
-        x = torch.from_numpy((dataset.x[part] - mean) / deviation)
+        x = torch.from_numpy((dataset.x[part].astype(np.float32) - mean) / deviation)
         return Batch(x.to(device), torch.from_numpy(y).to(device))
 
     return Split(batch(train, labels), batch(validation, dataset.y[validation]), batch(test, dataset.y[test]))

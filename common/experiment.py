@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from common.data import LessonError, load
+from common.data import FOLDER, LessonError, load
 from common.statistics import Estimate, estimate, paired_difference, points
 from common.training import Recipe, Run, fit
 
@@ -35,14 +36,14 @@ class SameProcess(Executor):
         return future
 
 
-def warm_up(dataset: str) -> None:
+def warm_up(dataset: str, folder: Path) -> None:
     """Pay once, before any worker is forked, for what every run needs: the data and PyTorch's optimisers."""
     torch.set_num_threads(1)  # parallel runs, each on one thread, beat one run on many at these sizes
-    load(dataset)
+    load(dataset, folder)
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
 
 
-def start_worker(dataset: str) -> None:
+def start_worker(dataset: str, folder: Path) -> None:
     """Prepare a worker: leave Ctrl-C to the parent, end when the parent is gone, however it went."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -53,22 +54,22 @@ def start_worker(dataset: str) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    warm_up(dataset)
+    warm_up(dataset, folder)
 
 
 @contextmanager
-def workers(jobs: int, dataset: str) -> Iterator[Executor]:
-    """An executor for `jobs` runs at a time: this process for one, else a pool of processes.
+def workers(jobs: int, dataset: str, folder: Path = FOLDER) -> Iterator[Executor]:
+    """An executor for `jobs` runs at a time on a data set kept in `folder`: this process for one, else processes.
 
     On Linux they are forked after `warm_up`, which costs 0.05 s; elsewhere they are spawned. If the body raises,
     Ctrl-C included, the processes are ended at once.
     """
-    warm_up(dataset)
+    warm_up(dataset, folder)
     if jobs == 1:
         yield SameProcess()
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker, initargs=(dataset,))
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=start_worker, initargs=(dataset, folder))
     try:
         pool.submit(int).result()  # fork now, while this process has no other thread
         yield pool

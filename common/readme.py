@@ -11,10 +11,13 @@ from rich.console import Console
 from common.report import ROOT, Table, markdown, measured, print_table
 from common.statistics import FAILS, HOLDS, UNCLEAR
 
+FASHION = "fashion-mnist"
 
-def load_results(root: Path = ROOT) -> dict[str, dict[str, Any]]:
-    """The committed reference run of every lesson, by lesson."""
-    paths = sorted((root / "results").glob("[0-9][0-9]_*/results.json"))
+
+def load_results(root: Path = ROOT, dataset: str = "digits") -> dict[str, dict[str, Any]]:
+    """The committed reference run of every lesson on a data set, by lesson; digits' are in `results/` itself."""
+    folder = root / "results" / ("" if dataset == "digits" else dataset)
+    paths = sorted(folder.glob("[0-9][0-9]_*/results.json"))
     return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
@@ -56,9 +59,49 @@ def verdicts(record: dict[str, Any]) -> str:
     )
 
 
-def blocks(results: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Every generated block of the README by the name in its markers."""
-    made = {}
+def two_verdicts(record: dict[str, Any], other: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each claim of a lesson on one data set beside the same claim on another."""
+    others = {claim["id"]: claim for claim in other["claims"]}
+    return [(claim, others[claim["id"]]) for claim in record["claims"]]
+
+
+def differences(record: dict[str, Any], other: dict[str, Any]) -> str:
+    """The claims of a lesson whose verdict on Fashion-MNIST (`other`) is not that on digits, opposite ones first."""
+    pairs = [pair for pair in two_verdicts(record, other) if pair[0]["verdict"] != pair[1]["verdict"]]
+    pairs.sort(key=lambda pair: UNCLEAR in (pair[0]["verdict"], pair[1]["verdict"]))
+    rows = []
+    for claim, fashion in pairs:
+        statement = claim["statement"]
+        if fashion["statement"] != statement:  # it names the best of several arms
+            statement += f"; on Fashion-MNIST: {fashion['statement']}"
+        cells = [f"{measured(each)}: {each['verdict']}" for each in (claim, fashion)]
+        rows.append([statement, claim["expected"], *cells])
+    if not rows:
+        return "Every verdict is the same."
+    return markdown(Table("", ["claim", "expected", "digits", "Fashion-MNIST"], rows)).partition("\n\n")[2]
+
+
+def agreement(results: dict[str, dict[str, Any]], fashion: dict[str, dict[str, Any]]) -> str:
+    """For each lesson how many of its claims have the same verdict on both data sets, how many the opposite, and how
+    many are decided on one only.
+    """
+    rows = []
+    for lesson, record in results.items():
+        pairs = [(a["verdict"], b["verdict"]) for a, b in two_verdicts(record, fashion[lesson])]
+        same = sum(a == b for a, b in pairs)
+        opposite = sum(a != b and UNCLEAR not in (a, b) for a, b in pairs)
+        rows.append([record["title"], *map(str, (len(pairs), same, opposite, len(pairs) - same - opposite))])
+    totals = [str(sum(int(row[i]) for row in rows)) for i in range(1, 5)]
+    heads = ["lesson", "claims", "same verdict", "opposite", "decided on one only"]
+    return markdown(Table("", heads, [*rows, ["all", *totals]])).partition("\n\n")[2]
+
+
+def blocks(results: dict[str, dict[str, Any]], fashion: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Every generated block of the README by the name in its markers, from the runs on digits and on Fashion-MNIST."""
+    made = {"agreement": agreement(results, fashion)}
+    for lesson, record in fashion.items():
+        made[f"{FASHION} {lesson[:2]}"] = differences(results[lesson], record)
+        made[f"{FASHION} reference {lesson[:2]}"] = reference(record)
     for lesson, record in results.items():
         number = lesson[:2]
         made[f"reference {number}"] = reference(record)
@@ -79,4 +122,7 @@ def fill(text: str, made: dict[str, str]) -> str:
 
 if __name__ == "__main__":
     readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text(encoding="utf-8"), blocks(load_results())), encoding="utf-8")
+    readme.write_text(
+        fill(readme.read_text(encoding="utf-8"), blocks(load_results(), load_results(dataset=FASHION))),
+        encoding="utf-8",
+    )

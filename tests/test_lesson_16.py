@@ -308,7 +308,7 @@ def test_quantiles_and_histogram_are_of_what_arrives_at_the_activation(lesson16)
 
 def test_arrival_is_noted_once(lesson16):
     state = state_of(lesson16, 1)
-    lesson16.note_arrival(state)
+    lesson16.note_arrival(state, 0.8)
     assert np.isnan(state.notes["steps"])
     right = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     optimizer = torch.optim.LBFGS(right.parameters(), max_iter=60)
@@ -324,7 +324,7 @@ def test_arrival_is_noted_once(lesson16):
     state = state_of(lesson16, 3, right)
     for step in (3, 4, 6):
         state.step = step
-        lesson16.note_arrival(state)
+        lesson16.note_arrival(state, 0.8)
     assert state.notes["steps"] == 4
 
 
@@ -385,10 +385,12 @@ def test_a_run_trains_when_it_gets_half_right(lesson16):
 
 def test_which_rates_work(lesson16):
     values = {f"x {rate:g}": [0.9 if rate < 0.1 else 0.1, None] for rate in lesson16.RATES}
-    works = lesson16.working(comparison("validation_accuracy", values), "x")
+    works = lesson16.working(comparison("validation_accuracy", values), "x", 0.8)
     assert works.shape == (2, len(lesson16.RATES))
     assert works[0].tolist() == [rate < 0.1 for rate in lesson16.RATES]
     assert not works[1].any()
+    assert not lesson16.working(comparison("validation_accuracy", values), "x", 0.95).any()
+    assert [lesson16.good_accuracy(name) for name in ("digits", "fashion-mnist")] == [0.8, 0.65]
 
 
 def test_the_median_counts_a_diverged_run_as_infinite(lesson16):

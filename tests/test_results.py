@@ -11,6 +11,7 @@ from common import readme, report
 from common.statistics import FAILS, HOLDS, UNCLEAR, Estimate, Range, judge
 
 RESULTS = readme.load_results()
+FASHION = readme.load_results(dataset=readme.FASHION)
 
 # What the README and the lessons lean on. A new reference run that overturns one of these must be told, not slipped in.
 HEADLINES = {
@@ -134,6 +135,43 @@ def test_every_lesson_has_its_reference_run():
 def test_results_come_from_the_code_as_it_stands(lesson):
     fresh = f"results/{lesson} is older than the code; run: python {lesson}.py --out results"
     assert RESULTS[lesson]["environment"]["source"] == report.source_hash(lesson), fresh
+    again = f"python {lesson}.py --dataset fashion-mnist --out results/fashion-mnist"
+    assert FASHION[lesson]["environment"]["source"] == report.source_hash(lesson), again
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_fashion_mnist_is_a_whole_run_of_the_same_claims(lesson):
+    record, digits = FASHION[lesson], RESULTS[lesson]
+    assert record["settings"]["dataset"] == readme.FASHION
+    assert not record["settings"]["quick"]
+    assert len(record["settings"]["seeds"]) >= 3
+    assert list(record["experiments"]) == list(digits["experiments"])
+    ids = [[claim["id"] for claim in each["claims"]] for each in (record, digits)]
+    assert ids[0] == ids[1]
+    folder = ROOT / "results" / readme.FASHION / lesson
+    assert (folder / "summary.md").read_text(encoding="utf-8") == report.summary_markdown(record)
+    for entry in record["experiments"].values():
+        assert all((folder / figure).exists() for figure in entry["figures"])
+
+
+def test_verdicts_that_differ_are_told_claim_by_claim():
+    def claim(id: str, verdict: str, mean: float, statement: str = "") -> dict:
+        estimate = {"mean": mean, "low": mean - 1, "high": mean + 1, "n": 10, "unit": "points"}
+        words = {"id": id, "statement": statement or f"claim {id}", "expected": "> 0 points", "seeds": 10}
+        return words | {"estimate": estimate, "verdict": verdict}
+
+    digits = {"title": "A lesson", "claims": [claim("a-1", HOLDS, 5), claim("a-2", UNCLEAR, 0), claim("b-1", HOLDS, 3)]}
+    fashion = {"claims": [claim("a-1", HOLDS, 4), claim("a-2", FAILS, -2), claim("b-1", FAILS, -3, "claim b-1 (B)")]}
+    lines = readme.differences(digits, fashion).splitlines()
+    assert len(lines) == 4
+    assert lines[2].startswith(
+        "| claim b-1; on Fashion-MNIST: claim b-1 (B) | > 0 points | +3.0 [+2.0, +4.0] points: holds"
+    )
+    assert lines[3].startswith("| claim a-2 |")
+    assert lines[3].endswith("-2.0 [-3.0, -1.0] points: does not hold here |")
+    assert readme.differences(digits, digits) == "Every verdict is the same."
+    table = readme.agreement({"x": digits}, {"x": fashion}).splitlines()
+    assert table[-2:] == ["| A lesson | 3 | 1 | 1 | 1 |", "| all | 3 | 1 | 1 | 1 |"]
 
 
 @pytest.mark.parametrize("lesson", LESSONS)
@@ -202,16 +240,17 @@ def test_every_exercise_has_its_answer(lesson):
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = readme.blocks(RESULTS, FASHION)
 
 
 def test_readme_says_what_results_say():
-    assert readme.fill(README, readme.blocks(RESULTS)) == README, "out of date; run: python -m common.readme"
+    assert readme.fill(README, BLOCKS) == README, "out of date; run: python -m common.readme"
     assert re.findall(r"<!-- begin: (.+?) -->", README)
 
 
 def test_a_stale_readme_is_noticed():
     stale = re.sub(r"\+\d\.\d", "+99.9", README, count=1)
-    assert readme.fill(stale, readme.blocks(RESULTS)) == README
+    assert readme.fill(stale, BLOCKS) == README
 
 
 def test_readme_links_lead_somewhere():
@@ -241,7 +280,7 @@ def test_quick_start_is_two_command_lines():
 
 
 def test_the_readme_generator_knows_every_experiment():
-    made = readme.blocks(RESULTS)
+    made = BLOCKS
     for lesson, record in RESULTS.items():
         for name in record["experiments"]:
             lines = made[f"excerpt {lesson[:2]} {name}"].splitlines()
