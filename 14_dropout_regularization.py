@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from common.cli import run_lesson
 from common.data import Batch, Split, Task
-from common.lab import Lab
+from common.lab import Lab, Larger
 from common.plotting import BASELINE as BLACK
 from common.plotting import COLOURS, colours, new_figure, plot_curves, plot_estimates, plot_reliability, shared_legend
 from common.report import Table, interval, number
@@ -119,6 +119,9 @@ BASELINE = Recipe(
     label_noise=0.2,
     evaluations=4,
 )
+# On every data set but the digits: so many times as many training images and epochs, and the seeds of a run. At 1 and 1
+# nothing but the data differs; set them higher if you have the time, or a GPU.
+LARGER = Larger(examples=1, epochs=1, seeds=10)
 PAPER, GAL = "Srivastava et al. 2014", "Gal & Ghahramani 2016"
 GUIDE, ADVICE = "study guide", "common advice"  # rules that come without a measurement
 HALF = replace(BASELINE, model=partial(mlp, p=0.5))
@@ -415,14 +418,14 @@ def when_it_helps(lab: Lab) -> None:
         + f", {memory['200, 20 % wrong']:.0f} % at width 128."
     )
 
-    lab.claim("No gain on a very small training set (50 clean digits)", PAPER, gain["50, clean"], within(1))
-    lab.claim("It still helps with 800 clean digits (5 passes)", GUIDE, gain["800, clean"], above(0.5))
+    lab.claim("No gain on a very small training set (50 clean images)", PAPER, gain["50, clean"], within(1))
+    lab.claim("It still helps with 800 clean images (5 passes)", GUIDE, gain["800, clean"], above(0.5))
     clean, wrong = (
         runs.values("test_accuracy", f"200, {name}, p = 0.5") - runs.values("test_accuracy", f"200, {name}")
         for name in noises
     )
     more = points(paired_difference(wrong, clean))
-    lab.claim("It gains more where labels are wrong (200 digits)", ADVICE, more, above(0.5))
+    lab.claim("It gains more where labels are wrong (200 images)", ADVICE, more, above(0.5))
     tiny = f"width {WIDTHS[0]}"
     lab.claim(f"A network too small to overfit ({tiny}) is hurt (80 steps)", ADVICE, gain[tiny], below(-0.5))
 
@@ -525,13 +528,13 @@ def told_apart(other: Tensor, own: Tensor) -> float:
 
 
 def strange_inputs(test: Batch) -> dict[str, Tensor]:
-    """The test digits, and three kinds of strange input of the same size."""
+    """The test images, and three kinds of strange input of the same size."""
     generator = torch.Generator().manual_seed(0)
     flat = test.x.flatten(1)
     order = torch.randperm(flat.shape[1], generator=generator).to(flat.device)
     noise = torch.randn(test.x.shape, generator=generator).to(flat.device)
     return {
-        "digits": test.x,
+        "test images": test.x,
         "noise": noise,
         "shuffled": flat[:, order].view_as(test.x),
         "turned": test.x.rot90(1, (2, 3)),
@@ -583,7 +586,7 @@ def monte_carlo(lab: Lab) -> None:
     cells = [[name, *(number(each.mean, 2) for each in estimates(percent * table))] for name, table in rows]
     heads = ["prediction", "test\nacc. %", "NLL,\nnats", "calibration\nerror %", "confidence\n%"]
     lab.table(Table("One pass or many", heads, cells))
-    kinds = ("digits", "noise", "shuffled", "turned")
+    kinds = ("test images", "noise", "shuffled", "turned")
     surprise = {kind: runs.notes(f"{kind} entropy", "p = 0.5") for kind in kinds}
     apart = {kind: runs.notes(f"{kind} told apart", "p = 0.5") for kind in kinds}
     plain_apart = {kind: runs.notes(f"{kind} told apart", "no dropout")[:, :1] for kind in kinds}
@@ -592,7 +595,7 @@ def monte_carlo(lab: Lab) -> None:
         sure = runs.notes(f"{kind} entropy", "no dropout")[:, :1]
         row = estimates(np.hstack([sure, surprise[kind], plain_apart[kind], apart[kind]]))
         cells.append([kind, *(number(each.mean, 2) for each in row)])
-    title = "Entropy of the prediction in nats; AUROC: how often it is higher than a digit's"
+    title = "Entropy of the prediction in nats; AUROC: how often it is higher than a test image's"
     heads = ["no\ndropout", "p = 0.5,\neval", "p = 0.5,\n20 passes"]
     heads = ["input", *heads, *(f"AUROC,\n{head.splitlines()[-1]}" for head in heads)]
     lab.table(Table(title, heads, cells))
@@ -627,11 +630,11 @@ def monte_carlo(lab: Lab) -> None:
         calibrated = points(paired_difference(many[:, 2], one[:, 2]))
         lab.claim(f"Many passes are better calibrated than eval mode ({labels})", GAL, calibrated, below(0))
     for kind in kinds[1:]:
-        rise = paired_difference(surprise[kind][:, 1], surprise["digits"][:, 1])
+        rise = paired_difference(surprise[kind][:, 1], surprise["test images"][:, 1])
         lab.claim(f"Many passes are less certain of strange inputs: {kind}", GAL, rise, above(0), "nats")
     for name, others in (("eval mode", apart), ("a network without dropout", plain_apart)):
         gained = np.mean([apart[kind][:, 1] - others[kind][:, 0] for kind in kinds[1:]], axis=0)
-        statement = f"Many passes tell strange inputs from digits better than {name} (AUROC)"
+        statement = f"Many passes tell strange inputs from test images better than {name} (AUROC)"
         lab.claim(statement, GAL, points(estimate(gained)), above(0))
 
 
@@ -643,7 +646,7 @@ def monte_carlo(lab: Lab) -> None:
 #
 # ## Exercises
 #
-# Each is one changed line; the answers, each from a run, are in `results/14_dropout_regularization/answers.md`.
+# Each is one changed line; the answers, each from a run, are in `exercises/14_dropout_regularization.md`.
 #
 # 1. Set `label_noise=0.0` in `BASELINE` and run `--only overfitting which_p`. What is left of the gain?
 # 2. Put dropout on the INPUT as well: in `mlp`, `layers = [nn.Flatten(), Dropout(0.2)]`. Does it help?
@@ -656,7 +659,7 @@ EXPERIMENTS = [mechanism, overfitting, which_p, when_it_helps, redundancy, monte
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the lesson; in a notebook, `main(["--quick"])` is a smoke run."""
-    run_lesson(LESSON, TITLE, EXPERIMENTS, arguments)
+    run_lesson(LESSON, TITLE, EXPERIMENTS, LARGER, arguments)
 
 
 if __name__ == "__main__":

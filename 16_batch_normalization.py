@@ -36,7 +36,7 @@ from torch.nn.utils import parameters_to_vector
 from common.cli import run_lesson
 from common.data import Batch, Split, Task, load, make_split
 from common.experiment import Comparison
-from common.lab import Lab
+from common.lab import Lab, Larger
 from common.plotting import BASELINE as BLACK
 from common.plotting import (
     COLOURS,
@@ -50,7 +50,7 @@ from common.plotting import (
 )
 from common.report import Table, interval, number
 from common.statistics import Estimate, above, below, estimate, estimates, paired_difference, points, proportion, within
-from common.training import Recipe, State, cross_entropy, evaluate
+from common.training import Recipe, State, cross_entropy, evaluate, totals
 
 LESSON = "16_batch_normalization"
 TITLE = "Lesson 16: Batch normalisation"
@@ -179,6 +179,9 @@ def skip_net(task: Task, depth: int, width: int = 64) -> nn.Module:
 # %%
 SGD = partial(torch.optim.SGD, momentum=0.9, fused=True)
 BASELINE = Recipe(model=mlp, optimizer=partial(SGD, lr=0.03), epochs=8, batch_size=100, examples=400, evaluations=2)
+# On every data set but the digits: so many times as many training images and epochs, and the seeds of a run. At 1 and 1
+# nothing but the data differs; set them higher if you have the time, or a GPU.
+LARGER = Larger(examples=1, epochs=1, seeds=10)
 NORM = nn.BatchNorm1d
 WITH = replace(BASELINE, model=partial(mlp, norm=NORM))
 PLAIN, BN = "plain", "BN"
@@ -262,11 +265,12 @@ def before_activation(model: nn.Module, x: Tensor) -> Tensor:
 @torch.no_grad()
 def note_quantiles(state: State) -> None:
     """Note the 15, 50 and 85 % quantiles of what arrives at one layer's activation, averaged over its units."""
-    table = state.notes.setdefault("quantiles", np.full((len(LOOKS), 3), nan))
+    x = state.split.validation.x
+    table = state.notes.setdefault("quantiles", torch.full((len(LOOKS), 3), nan, device=x.device))
     if state.step in LOOKS:
-        arriving = before_activation(state.model.eval(), state.split.validation.x)
-        quantiles = torch.tensor([0.15, 0.5, 0.85], device=arriving.device)
-        table[LOOKS.index(state.step)] = arriving.quantile(quantiles, 0).mean(1).cpu().numpy()
+        arriving = before_activation(state.model.eval(), x)
+        quantiles = torch.linspace(0.15, 0.85, 3, device=x.device)
+        table[LOOKS.index(state.step)] = arriving.quantile(quantiles, 0).mean(1)
         state.model.train()
 
 
@@ -305,7 +309,7 @@ def mechanism(lab: Lab) -> None:
         shares = [100 * each.mean for each in estimates(runs.notes("histogram", arm))]
         axes[1].stairs(shares, EDGES, color=colour, label=arm, linewidth=1.8)
         wide = runs.notes("deviation", arm)
-        lab.finding(f"{arm}: after training, a unit's deviation over the digits is {estimate(wide).mean:.2f}.")
+        lab.finding(f"{arm}: after training, a unit's deviation over the images is {estimate(wide).mean:.2f}.")
     axes[0].set(xlabel="step", ylabel="median (dashed: 15 and 85 % quantiles)")
     axes[1].set(xlabel="input of the ReLU after training (outermost bins: all beyond)", ylabel="share (%)")
     shared_legend(figure, axes[0])
@@ -334,7 +338,7 @@ NETWORKS = {DEFAULT: partial(mlp, scale=None), BN: partial(mlp, norm=NORM, scale
 
 
 def share_that_trains(runs: Comparison, arm: str) -> Estimate:
-    """Share of the runs, in %, that get half of their training digits right; a diverged one does not."""
+    """Share of the runs, in %, that get half of their training images right; a diverged one does not."""
     return points(proportion(np.nan_to_num(runs.values("train_accuracy", arm)) >= 0.5))
 
 
@@ -546,10 +550,12 @@ EVERY = 2
 
 
 def note_arrival(state: State, target: float) -> None:
-    """Note the first step, of every second one, at which validation accuracy reaches the target."""
-    if np.isnan(state.notes.setdefault("steps", nan)) and state.step % EVERY == 0:
-        reached = evaluate(state.model, state.split.validation)[1] >= target
-        state.notes["steps"] = float(state.step) if reached else nan
+    """Note the first step, of every second one, at which validation accuracy reaches the target; NaN if none does."""
+    if state.step % EVERY == 0:
+        validation = state.split.validation
+        enough = totals(state.model, validation)[1] >= target * len(validation.y)
+        arrival = torch.where(enough, float(state.step), nan)
+        state.notes["steps"] = torch.fmin(state.notes.get("steps", arrival), arrival)  # of a number and NaN the number
 
 
 def speed(lab: Lab) -> None:
@@ -654,8 +660,7 @@ def recomputed(model: nn.Module, x: Tensor) -> nn.Module:
     model = deepcopy(model).eval()
     for layer in model.modules():
         if isinstance(layer, NORM):
-            layer.reset_running_stats()
-            layer.momentum = None
+            layer.momentum = 1.0  # nothing of the old ones is kept
             layer.train()
     model(x)
     return model.eval()
@@ -675,10 +680,12 @@ STEPS = (2, 4, 8, 16, 32)
 
 def note_modes(state: State) -> None:
     """Note validation accuracy with running and with recomputed statistics after the steps of STEPS."""
-    table = state.notes.setdefault("modes", np.full((len(STEPS), 2), nan))
+    validation = state.split.validation
+    table = state.notes.setdefault("modes", torch.full((len(STEPS), 2), nan, device=validation.x.device))
     if state.step in STEPS:
         models = state.model, recomputed(state.model, state.split.train.x)
-        table[STEPS.index(state.step)] = [evaluate(model, state.split.validation)[1] for model in models]
+        right = torch.stack([totals(model, validation)[1] for model in models])
+        table[STEPS.index(state.step)] = right / len(validation.y)
 
 
 COMPANY = (4, 20, 400)
@@ -828,13 +835,14 @@ class NoisyBatchNorm(NORM):
 @torch.no_grad()
 def note_drift(state: State) -> None:
     """Note how far the inputs of one layer's activation move, in training mode, from one look to the next."""
-    table = state.notes.setdefault("drift", np.full(len(LOOKS), nan))
+    x = state.split.train.x
+    table = state.notes.setdefault("drift", torch.full((len(LOOKS),), nan, device=x.device))
     if state.step not in LOOKS:
         return
-    arriving = before_activation(deepcopy(state.model).train(), state.split.train.x)
-    mean, deviation = (each.cpu().numpy() for each in (arriving.mean(0), arriving.std(0)))
+    arriving = before_activation(deepcopy(state.model).train(), x)
+    mean, deviation = arriving.mean(0), arriving.std(0, correction=0)
     if "mean" in state.notes:
-        table[LOOKS.index(state.step)] = (np.abs(mean - state.notes["mean"]) / (deviation + 1e-6)).mean()
+        table[LOOKS.index(state.step)] = ((mean - state.notes["mean"]).abs() / (deviation + 1e-6)).mean()
     state.notes["mean"] = mean
 
 
@@ -875,8 +883,10 @@ def noise(lab: Lab) -> None:
 WALKS = (1, 2, 4, 8, 16)
 
 
-def along_the_gradient(model: nn.Module, batch: Batch, rate: float) -> tuple[list[float], list[float]]:
-    """Loss, and relative change of the gradient, after each of WALKS × rate along the negative gradient."""
+def along_the_gradient(model: nn.Module, batch: Batch, rate: float) -> tuple[Tensor, Tensor]:
+    """Loss at the start and after each of WALKS × rate along the negative gradient, (1 + WALKS,); relative change of
+    the gradient after each, (WALKS,).
+    """
     model = deepcopy(model).train()
     parameters = list(model.parameters())
     gradient = torch.autograd.grad(cross_entropy(model, *batch), parameters)
@@ -889,19 +899,19 @@ def along_the_gradient(model: nn.Module, batch: Batch, rate: float) -> tuple[lis
                 parameter.copy_(origin - walk * rate * slope)
         loss = cross_entropy(model, *batch)
         there = parameters_to_vector(torch.autograd.grad(loss, parameters))
-        losses.append(float(loss.detach()))
-        changes.append(float((there - flat).norm() / flat.norm()))
-    return losses, changes[1:]
+        losses.append(loss.detach())
+        changes.append((there - flat).norm() / flat.norm())
+    return torch.stack(losses), torch.stack(changes[1:])
 
 
 def note_landscape(state: State) -> None:
     """Note the loss's range and the gradient's change along the gradient, at every fourth step."""
-    table = state.notes.setdefault("landscape", np.full((len(LOOKS), 2, len(WALKS)), nan))
+    batch = Batch(*(each[:100] for each in state.split.train))
+    table = state.notes.setdefault("landscape", torch.full((len(LOOKS), 2, len(WALKS)), nan, device=batch.x.device))
     if state.step in LOOKS:
-        batch = Batch(*(each[:100] for each in state.split.train))
         losses, changes = along_the_gradient(state.model, batch, state.optimizer.param_groups[0]["lr"])
-        ranges = np.maximum.accumulate(losses) - np.minimum.accumulate(losses)
-        table[LOOKS.index(state.step)] = [ranges[1:], changes]
+        ranges = losses.cummax(0).values - losses.cummin(0).values
+        table[LOOKS.index(state.step)] = torch.stack([ranges[1:], changes])
 
 
 def smoothness(lab: Lab) -> None:
@@ -1081,11 +1091,11 @@ def with_dropout(lab: Lab) -> None:
 #
 # ## Exercises
 #
-# Each is one changed line; the answers, each from a run, are in `results/16_batch_normalization/answers.md`.
+# Each is one changed line; the answers, each from a run, are in `exercises/16_batch_normalization.md`.
 #
 # 1. Adam instead of SGD: `SGD = partial(torch.optim.Adam, fused=True)`, with Adam's smaller rates,
 #    `GRID = (0.001, 0.003, 0.01, 0.03)`, then `--only depth`. Is batch norm still needed?
-# 2. In `recomputed`, leave out `layer.reset_running_stats()`. Which table of `--only modes` notices?
+# 2. In `recomputed`, leave out `layer.momentum = 1.0`. Which table of `--only modes` notices?
 # 3. Four times as many steps (`epochs=32` in `BASELINE`), then `--only learning_rate`. What is left of the gain?
 # 4. Let the networks use our own layer, `WITH = replace(BASELINE, model=partial(mlp, norm=BatchNorm))`, and run
 #    `--only learning_rate`. Do the numbers change, and what does it cost?
@@ -1109,7 +1119,7 @@ EXPERIMENTS = [
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the lesson; in a notebook, `main(["--quick"])` is a smoke run."""
-    run_lesson(LESSON, TITLE, EXPERIMENTS, arguments)
+    run_lesson(LESSON, TITLE, EXPERIMENTS, LARGER, arguments)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from math import ceil, cos, pi, prod
+from math import ceil, cos, inf, pi, prod
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from common.cli import run_lesson
 from common.data import Split, Task, derive, load, make_split, minibatches
 from common.experiment import AllDivergedError, Comparison, Tuning, tuning_seeds
-from common.lab import Lab
+from common.lab import Lab, Larger
 from common.plotting import BASELINE as BLACK
 from common.plotting import (
     COLOURS,
@@ -256,6 +256,9 @@ BASELINE = Recipe(
     evaluations=1,
     after_step=note_rate,
 )
+# On every data set but the digits: so many times as many training images and epochs, and the seeds of a run. At 1 and 1
+# nothing but the data differs; set them higher if you have the time, or a GPU.
+LARGER = Larger(examples=1, epochs=1, seeds=10)
 CONSTANT, STEP, MULTI, EXPONENTIAL, LINEAR = "constant", "StepLR", "MultiStepLR", "ExponentialLR", "linear"
 COSINE, RESTARTS, WARM_UP, ONE_CYCLE, PLATEAU = "cosine", "warm restarts", "warm-up + cosine", "one-cycle", "plateau"
 BY_HAND = {
@@ -373,7 +376,7 @@ def shapes(lab: Lab) -> None:
     by_hand = BY_HAND | {"triangle": triangle}
     arms = LINE_UP | {"triangle": replace(BASELINE, schedule=partial(torch_one_cycle, triangle=True))}
     arms = {name: replace(at_rate(recipe, 0.1), epochs=40) for name, recipe in arms.items() if name != CONSTANT}
-    arms = lab.shortened(arms)
+    arms = lab.sized(arms)
     runs = lab.train(arms, COSINE, lab.settings.seeds[:1])
     rates = {name: np.array(applied(runs, name)) for name in arms}
     total = steps_of(arms[COSINE])
@@ -566,8 +569,8 @@ def sgd_excess(x: Tensor, y: Tensor, best: Tensor, rates: Tensor, batch: int, dr
     weights = torch.zeros_like(best).repeat(len(rates), 1, 1)
     targets = F.one_hot(y, best.shape[2])
     seen = []
-    for t in range(rates.shape[1]):
-        i = torch.randint(len(x), (batch,), generator=draw).to(x.device)
+    drawn = torch.randint(len(x), (rates.shape[1], batch), generator=draw).to(x.device)
+    for t, i in enumerate(drawn):
         residual = (x[i] @ weights).softmax(2) - targets[i]
         weights -= rates[:, t, None, None] * (x[i].T @ residual) / batch
         if (t + 1) % (rates.shape[1] // FLOOR_LOOKS) == 0:
@@ -677,8 +680,8 @@ def ten_epochs(lab: Lab) -> None:
 #
 # One short run in which the rate grows at every step, from far too small to far too large; the loss, smoothed, falls
 # and then explodes. Read off a rate where it falls fastest (*steepest*), or a tenth of the rate at its minimum. The run
-# costs 60 steps at most. We do it with the two tuning seeds, take the geometric mean, train with it, and compare with
-# the rate that the whole grid finds best; for SGD, for Adam, and for one-cycle, whose peak the test was meant for.
+# costs 60 steps. We do it with the two tuning seeds, take the geometric mean, train with it, and compare with the rate
+# that the whole grid finds best; for SGD, for Adam, and for one-cycle, whose peak the test was meant for.
 
 # %%
 SWEEP = np.geomspace(1e-5, 10, 60)
@@ -687,29 +690,32 @@ CYCLE = "SGD one-cycle"
 
 
 def range_test(recipe: Recipe, seed: int, dataset: str, device: str) -> tuple[np.ndarray, np.ndarray]:
-    """Train with a growing rate until the loss is four times its lowest: rates and losses (nats), one per step.
-
-    Smith 2017.
-    """
+    """Train with a growing rate: rates and losses (nats), one per step, up to where the loss explodes. Smith 2017."""
     data = load(dataset)
     split = make_split(data, seed, recipe.examples, recipe.label_noise, device)
     torch.manual_seed(derive(seed, "start"))
     model = recipe.model(data.task).to(device).train()
     optimizer = recipe.optimizer(model.parameters())
     batch_order = torch.Generator().manual_seed(derive(seed, "batches"))
-    losses: list[float] = []
-    while True:
+    losses: list[Tensor] = []
+    while len(losses) < len(SWEEP):
         for x, y in minibatches(split.train, recipe.batch_size, batch_order):
             for group in optimizer.param_groups:
-                group["lr"] = SWEEP[len(losses)]
+                group["lr"] = SWEEP[min(len(losses), len(SWEEP) - 1)]
             optimizer.zero_grad()
             loss = recipe.loss(model, x, y)
             loss.backward()
             optimizer.step()
-            if math.isfinite(loss.item()):
-                losses.append(loss.item())
-            if len(losses) == len(SWEEP) or not loss.item() < 4 * min(losses, default=0):
-                return SWEEP[: len(losses)], np.array(losses)
+            losses.append(loss.detach())
+    return until_explosion(SWEEP, torch.stack(losses[: len(SWEEP)]).cpu().double().numpy())
+
+
+def until_explosion(rates: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rates and losses up to the first loss that is four times the lowest before it; one that is not finite is out."""
+    exploded = ~(losses < 4 * np.minimum.accumulate(np.nan_to_num(losses, nan=inf)))
+    end = int(np.argmax(exploded)) if exploded.any() else len(losses)
+    end += end < len(losses) and bool(np.isfinite(losses[end]))
+    return rates[:end], losses[:end]
 
 
 def smooth(losses: np.ndarray, memory: float = 0.8) -> np.ndarray:
@@ -989,7 +995,7 @@ def ramp(t: int, steps: int) -> float:
 
 
 def trained(runs: Comparison, arm: str) -> np.ndarray:
-    """Which runs got half of their training digits right, (seeds,); a diverged one did not."""
+    """Which runs got half of their training images right, (seeds,); a diverged one did not."""
     return np.nan_to_num(runs.values("train_accuracy", arm)) >= 0.5
 
 
@@ -1063,14 +1069,14 @@ def warmup(lab: Lab) -> None:
 TRAP = replace(BASELINE, epochs=10, batch_size=10)
 
 
-def counting_epochs(optimizer: Optimizer, total: int) -> LRScheduler:
-    """A cosine made for epochs, whatever is counted."""
-    return torch_cosine(optimizer, TRAP.epochs)
+def counting_epochs(optimizer: Optimizer, total: int, epochs: int = TRAP.epochs) -> LRScheduler:
+    """A cosine made for so many epochs, whatever is counted."""
+    return torch_cosine(optimizer, epochs)
 
 
-def counting_batches(optimizer: Optimizer, total: int) -> LRScheduler:
-    """A one-cycle made for batches, whatever is counted."""
-    return torch_one_cycle(optimizer, steps_of(TRAP))
+def counting_batches(optimizer: Optimizer, total: int, batches: int = steps_of(TRAP)) -> LRScheduler:
+    """A one-cycle made for so many batches, whatever is counted."""
+    return torch_one_cycle(optimizer, batches)
 
 
 def plotted_first(optimizer: Optimizer, total: int) -> LRScheduler:
@@ -1171,6 +1177,9 @@ def traps(lab: Lab) -> None:
     """Which slips with a scheduler raise no error, and what do they cost?"""
     by_batch = replace(TRAP, schedule_every="batch")
     by_epoch = replace(TRAP, schedule_every="epoch")
+    trained = lab.sized({"": TRAP})[""]
+    for_epochs = partial(counting_epochs, epochs=trained.epochs)
+    for_batches = partial(counting_batches, batches=steps_of(trained))
     meant = {
         "per batch": "right: cosine",
         "per epoch": "right: one-cycle",
@@ -1178,10 +1187,10 @@ def traps(lab: Lab) -> None:
         "two schedulers": "right: StepLR",
     }
     arms = {
-        "right: cosine": replace(by_epoch, schedule=counting_epochs),
-        "per batch": replace(by_batch, schedule=counting_epochs),
-        "right: one-cycle": replace(by_batch, schedule=counting_batches),
-        "per epoch": replace(by_epoch, schedule=counting_batches),
+        "right: cosine": replace(by_epoch, schedule=for_epochs),
+        "per batch": replace(by_batch, schedule=for_epochs),
+        "right: one-cycle": replace(by_batch, schedule=for_batches),
+        "per epoch": replace(by_epoch, schedule=for_batches),
         "right: StepLR": replace(by_batch, schedule=torch_step),
         "two schedulers": replace(by_batch, schedule=two_schedulers),
         "plotted first": replace(by_batch, schedule=plotted_first),
@@ -1235,7 +1244,7 @@ def traps(lab: Lab) -> None:
 #
 # ## Exercises
 #
-# Each is one changed line; the answers, each from a run, are in `results/18_learning_rate_scheduling/answers.md`.
+# Each is one changed line; the answers, each from a run, are in `exercises/18_learning_rate_scheduling.md`.
 #
 # 1. Twice the noise: `F.cross_entropy(model(x + 2 * torch.randn_like(x)), y)` in `noisy_images`, then `--only
 #    hundred_epochs`. Does a schedule gain more where the floor is higher?
@@ -1251,7 +1260,7 @@ EXPERIMENTS = [shapes, hundred_epochs, noise_floor, ten_epochs, range_tests, pla
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the lesson; in a notebook, `main(["--quick"])` is a smoke run."""
-    run_lesson(LESSON, TITLE, EXPERIMENTS, arguments)
+    run_lesson(LESSON, TITLE, EXPERIMENTS, LARGER, arguments)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from common.data import DATASETS, FOLDER, LessonError
 from common.experiment import workers
-from common.lab import Lab, Settings, in_notebook, question_of
+from common.lab import Lab, Larger, Settings, in_notebook, question_of
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK_SEEDS = 2
@@ -79,7 +79,8 @@ def parse(lesson: str, title: str, names: Sequence[str], arguments: Sequence[str
     parser.add_argument("--first-seed", type=whole_number(0), default=0, metavar="S", help="the first seed (default 0)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="run these experiments only")
     parser.add_argument("--list", action="store_true", help="list the experiments and their questions")
-    parser.add_argument("--dataset", default="digits", help=f"one of: {', '.join(DATASETS)} (default digits)")
+    sets = f"one of: {', '.join(DATASETS)} (default digits); or a file of your own, NAME.npz"
+    parser.add_argument("--dataset", default="digits", metavar="NAME", help=sets)
     parser.add_argument("--data-dir", type=Path, default=FOLDER, help="where downloaded data sets are kept")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default auto)")
     parser.add_argument(
@@ -87,8 +88,8 @@ def parse(lesson: str, title: str, names: Sequence[str], arguments: Sequence[str
     )
     parser.add_argument("--out", type=Path, default=ROOT / "outputs", metavar="DIR", help="where results are written")
     options = parser.parse_args(arguments)
-    if options.dataset not in DATASETS:
-        parser.error(f"argument --dataset: {options.dataset!r} is not one of {', '.join(DATASETS)}")
+    if options.dataset not in DATASETS and not options.dataset.endswith(".npz"):
+        parser.error(f"argument --dataset: {options.dataset!r} is not one of {', '.join(DATASETS)}, nor an .npz file")
     for name in options.only or []:
         if name not in names:
             parser.error(f"argument --only: no experiment {name!r}; there are {', '.join(names)}")
@@ -111,10 +112,15 @@ def prepare_folder(folder: Path) -> None:
 
 
 def run_lesson(
-    lesson: str, title: str, experiments: Sequence[Callable[[Lab], None]], arguments: Sequence[str] | None = None
+    lesson: str,
+    title: str,
+    experiments: Sequence[Callable[[Lab], None]],
+    larger: Larger,
+    arguments: Sequence[str] | None = None,
 ) -> None:
     """Run the lesson's experiments as the command line asks, and end every failure in one line and an exit code.
 
+    larger: the sizes for every data set but the digits.
     arguments: the command line's words; None reads them from the command line, or means none in a notebook, whose
         kernel has arguments of its own.
 
@@ -130,11 +136,12 @@ def run_lesson(
             console.print(f"{experiment.__name__}: {question_of(experiment)}", markup=False, highlight=False)
         return
     chosen = [each for each in experiments if not options.only or each.__name__ in options.only]
-    count = options.seeds or (QUICK_SEEDS if options.quick else 10)
+    larger = Larger() if options.dataset == "digits" else larger
+    count = options.seeds or (QUICK_SEEDS if options.quick else larger.seeds)
     seeds = list(range(options.first_seed, options.first_seed + count))
     jobs = choose_jobs(options.jobs, options.device)
     out = options.out.expanduser() / lesson
-    settings = Settings(lesson, title, options.dataset, seeds, options.device, jobs, options.quick, out)
+    settings = Settings(lesson, title, options.dataset, seeds, options.device, jobs, options.quick, out, larger)
     finished: list[str] = []
     try:
         prepare_folder(out)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -143,16 +144,46 @@ def download(name: str, build: Callable[..., Any], folder: Path, place: str) -> 
         raise LessonError(f"argument --data-dir: cannot write to {folder} ({error.strerror}); choose another") from None
 
 
+def load_npz(path: Path) -> Dataset:
+    """Your own images, from a file that numpy.savez wrote: `x` (N, H, W) or (N, C, H, W), square, and `y` (N,), whole
+    numbers from 0. A fifth, at most 1,000, is held out for validation; as many, at most 2,000, for the test.
+
+    Raises LessonError when the file is not there, cannot be read, or holds something else.
+    """
+    try:
+        with path.open("rb") as file, np.load(file) as arrays:
+            x, y = arrays["x"], arrays["y"]
+    except FileNotFoundError:
+        raise LessonError(f"argument --dataset: there is no file {path}") from None
+    except KeyError:
+        raise LessonError(f"argument --dataset: {path} must hold two arrays, x and y") from None
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, BadZipFile) as error:
+        raise LessonError(f"argument --dataset: {path} is no .npz file of arrays ({reason(error)})") from None
+    x = x[:, None] if x.ndim == 3 else x
+    if x.ndim != 4 or x.shape[2] != x.shape[3] or x.shape[2] < 8 or x.dtype.kind not in "uif" or y.shape != x.shape[:1]:
+        shapes = f"x {x.shape} and y {y.shape}"
+        raise LessonError(f"argument --dataset: {path} has {shapes}; wanted (N, H, H) or (N, C, H, H), H ≥ 8, and (N,)")
+    if y.dtype.kind not in "ui" or not np.array_equal(np.unique(y), np.arange(y.max() + 1)) or y.max() < 1:
+        raise LessonError(f"argument --dataset: the labels y in {path} must be whole numbers 0, 1, 2, …, each used")
+    if not np.isfinite(x).all():
+        raise LessonError(f"argument --dataset: the images x in {path} hold NaN or infinity")
+    fifth = len(y) // 5
+    return Dataset(x, y.astype(np.int64), validation=min(fifth, 1000), test=min(fifth, 2000))
+
+
 kept: dict[str, Dataset] = {}
 
 
 def load(name: str, folder: Path = FOLDER) -> Dataset:
-    """The data set called `name`, one of DATASETS, read once in each process (a forked worker inherits its parent's):
-    later calls return it, whatever the folder.
+    """The data set called `name`, one of DATASETS or the path of an .npz file, read once in each process (a forked
+    worker inherits its parent's): later calls return it, whatever the folder.
     """
     if name not in kept:
         kept.clear()
-        kept[name] = load_digits() if name == "digits" else load_torchvision(name, folder)
+        if name.endswith(".npz"):
+            kept[name] = load_npz(Path(name).expanduser())
+        else:
+            kept[name] = load_digits() if name == "digits" else load_torchvision(name, folder)
     return kept[name]
 
 

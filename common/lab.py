@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +28,19 @@ QUICK_EPOCHS = 1
 TUNING_SEEDS = 4
 
 
+class Larger(NamedTuple):
+    """What a lesson changes on every data set but the digits: so many times as many training examples, so many times as
+    many epochs, and how many seeds a run has by default.
+    """
+
+    examples: int = 1
+    epochs: int = 1
+    seeds: int = 10
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What the command line decided. `out` is the lesson's own folder."""
+    """What the command line decided. `out` is the lesson's own folder; `larger` is all ones for the digits."""
 
     lesson: str
     title: str
@@ -40,6 +50,7 @@ class Settings:
     jobs: int
     quick: bool
     out: Path
+    larger: Larger
 
     def same_numbers(self) -> dict[str, Any]:
         """The settings that decide the numbers, as results.json holds them."""
@@ -159,7 +170,7 @@ class Lab:
         inspect: Callable[..., dict[str, Any]] | None = None,
     ) -> Comparison:
         """Train every arm on every seed; print what varies, what is held, and the two tables of losses."""
-        arms = self.shortened(arms)
+        arms = self.sized(arms)
         varies, held = what_varies(list(arms.values()))
         self.console.print(f"\nvaries: {', '.join(varies) or 'nothing'}", markup=False, highlight=False)
         same = ", ".join(f"{name}={value}" for name, value in held.items() if value != "None")
@@ -191,17 +202,25 @@ class Lab:
         recipes = {(row, key): recipe for row, grid in grids.items() for key, recipe in grid.items()}
         arms = {f"{row}, {key}": replace(recipe, evaluations=1) for (row, key), recipe in recipes.items()}
         seeds = tuning_seeds(self.settings.seeds, 1 if self.quick else count)
-        runs = self.train(self.shortened(arms), next(iter(arms)), seeds)
+        runs = self.train(self.sized(arms), next(iter(arms)), seeds)
         scores = {row: {key: runs.values(metric, f"{row}, {key}") for key in grid} for row, grid in grids.items()}
         tuning = Tuning(metric, scores)
         self.table(report.tuning_table(name, tuning, seeds))
         return tuning
 
-    def shortened(self, arms: dict[str, Recipe]) -> dict[str, Recipe]:
-        """The arms, cut to a few epochs in a quick run."""
-        if not self.quick:
-            return arms
-        return {arm: replace(recipe, epochs=min(recipe.epochs, QUICK_EPOCHS)) for arm, recipe in arms.items()}
+    def sized(self, arms: dict[str, Recipe]) -> dict[str, Recipe]:
+        """The arms as they are trained: cut to an epoch in a quick run, as large as the lesson says on a larger set."""
+        if self.quick:
+            return {arm: replace(recipe, epochs=min(recipe.epochs, QUICK_EPOCHS)) for arm, recipe in arms.items()}
+        larger = self.settings.larger
+        return {
+            arm: replace(
+                recipe,
+                examples=recipe.examples and larger.examples * recipe.examples,
+                epochs=larger.epochs * recipe.epochs,
+            )
+            for arm, recipe in arms.items()
+        }
 
     def train(
         self,

@@ -34,7 +34,8 @@ class Recipe:
         REPORTED is always the plain cross-entropy.
     examples, label_noise: size of the training set (None: all there is) and the share of its labels made wrong.
     evaluations: at how many epochs to measure; the start (epoch 0) is always measured too.
-    after_step, after_epoch: called with the State; when after_epoch returns True, training stops.
+    after_step, after_epoch: called with the State; when after_epoch returns True, training stops. What is called in
+        every step (loss and after_step) should leave tensors where they are: a float of one makes a GPU wait.
     """
 
     model: Callable[[Task], nn.Module]
@@ -54,7 +55,7 @@ class Recipe:
 @dataclass
 class State:
     """What a hook of the recipe may look at: the run so far, `epoch` of at most `epochs`; and `notes`, where it may
-    leave plain data for the Run.
+    leave plain data for the Run, or tensors, which become arrays when the run ends.
     """
 
     model: nn.Module
@@ -101,16 +102,23 @@ class Run:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batch: Batch) -> tuple[float, float]:
-    """Mean cross-entropy in nats and accuracy (0…1) over `batch`, in eval mode, weighed by examples."""
+def totals(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy in nats, summed over `batch`, and how many answers are right, in eval mode: (2,), on the model's
+    device.
+    """
     was_training = model.training
     model.eval()
-    loss, right = 0.0, 0
+    parts = []
     for x, y in zip(batch.x.split(2000), batch.y.split(2000), strict=True):
         logits = model(x)
-        loss += F.cross_entropy(logits, y, reduction="sum").item()
-        right += (logits.argmax(1) == y).sum().item()
+        parts.append(torch.stack([F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum()]))
     model.train(was_training)
+    return torch.stack(parts).sum(0)
+
+
+def evaluate(model: nn.Module, batch: Batch) -> tuple[float, float]:
+    """Mean cross-entropy in nats and accuracy (0…1) over `batch`, in eval mode, weighed by examples."""
+    loss, right = totals(model, batch).tolist()
     return loss / len(batch.y), right / len(batch.y)
 
 
@@ -140,6 +148,20 @@ def record(run: Run, state: State) -> None:
     state.model.train()
 
 
+def train_step(recipe: Recipe, state: State, x: Tensor, y: Tensor) -> Tensor:
+    """One step of the optimiser on a batch; returns its loss, a scalar that stays on the device. Nothing here waits for
+    a GPU.
+    """
+    state.step += 1
+    state.optimizer.zero_grad()
+    loss = recipe.loss(state.model, x, y)
+    loss.backward()
+    state.optimizer.step()
+    if recipe.after_step:
+        recipe.after_step(state)
+    return loss.detach()
+
+
 def train_epoch(
     recipe: Recipe, state: State, schedule: LRScheduler | None, batch_order: torch.Generator
 ) -> list[Tensor]:
@@ -148,14 +170,7 @@ def train_epoch(
     state.epoch += 1
     state.model.train()
     for x, y in minibatches(state.split.train, recipe.batch_size, batch_order):
-        state.step += 1
-        state.optimizer.zero_grad()
-        loss = recipe.loss(state.model, x, y)
-        loss.backward()
-        state.optimizer.step()
-        losses.append(loss.detach())
-        if recipe.after_step:
-            recipe.after_step(state)
+        losses.append(train_step(recipe, state, x, y))
         if schedule and recipe.schedule_every == "batch":
             schedule.step()
     if schedule and recipe.schedule_every == "epoch":
@@ -177,6 +192,13 @@ def seed_torch(seed: int, device: str) -> None:
         torch.default_generator.manual_seed(seed)
     else:
         torch.manual_seed(seed)
+
+
+def off_device(note: Any) -> Any:
+    """A hook's note as plain data: a tensor, or a list of them, becomes an array."""
+    if isinstance(note, list) and note and isinstance(note[0], Tensor):
+        note = torch.stack(note)
+    return note.detach().cpu().numpy() if isinstance(note, Tensor) else note
 
 
 def fit(
@@ -218,7 +240,7 @@ def fit(
         run.seconds += time.perf_counter() - start
         if stop or state.epoch in measured_epochs:
             record(run, state)
-    run.notes = state.notes
+    run.notes = {name: off_device(note) for name, note in state.notes.items()}
     if run.diverged_at is None:
         latest = {name: values[-1] for name, values in run.history.items()}
         best_is_last = run.best["epoch"] == latest["epoch"]

@@ -5,16 +5,18 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from recipes import DIVERGES, SMALL
 
-from common import report
+from common import data, report
 from common.cli import available_cores, choose_device, choose_jobs, run_lesson
-from common.data import LessonError
-from common.lab import Lab
+from common.data import Dataset, LessonError
+from common.lab import Lab, Larger
 from common.plotting import new_figure, plot_curves
 from common.statistics import above
 
@@ -51,6 +53,7 @@ def same_arm_twice(lab: Lab) -> None:
 
 
 EXPERIMENTS = [first, second, everything_diverges]
+ONES = Larger()
 
 
 @pytest.fixture
@@ -60,10 +63,10 @@ def run(tmp_path, monkeypatch, capsys):
     (tmp_path / "99_fake.py").write_text("X = 1\n")
     monkeypatch.setattr(report, "ROOT", tmp_path)
 
-    def call(*words: str):
+    def call(*words: str, larger: Larger = ONES):
         code = 0
         try:
-            run_lesson("99_fake", "A fake lesson", EXPERIMENTS, ["--out", str(tmp_path / "out"), *words])
+            run_lesson("99_fake", "A fake lesson", EXPERIMENTS, larger, ["--out", str(tmp_path / "out"), *words])
         except SystemExit as error:
             code = error.code
         printed = capsys.readouterr()
@@ -96,6 +99,41 @@ def test_a_run_leaves_results_summary_and_figures(run):
     for line in ("diverges: 2 of 2 runs diverged at step", "| Training helps (everybody) |", "## second"):
         assert line in summary
     assert sorted(path.name for path in folder.iterdir()) == ["first.png", "results.json", "summary.md"]
+
+
+def test_sizes_for_the_larger_data_sets_are_set_in_one_place(run, monkeypatch):
+    """Made-up images stand in for a download; what the lesson says of larger sets leaves the digits alone."""
+    rng = np.random.default_rng(0)
+    made_up = Dataset(rng.integers(0, 256, (600, 1, 8, 8), np.uint8), np.arange(600) % 10, 100, 100)
+    monkeypatch.setattr(data, "load_torchvision", lambda name, folder: made_up)
+    larger = Larger(examples=3, epochs=2, seeds=4)
+
+    def last_epochs_and_seeds(*words: str) -> tuple[list[float], list[int], str]:
+        code, out, _, folder = run("--jobs", "1", "--only", "first", *words, larger=larger)
+        assert code == 0
+        runs = read(folder)["experiments"]["first"]["arms"]["plain"]["runs"]
+        return runs[0]["history"]["epoch"][-1], [each["seed"] for each in runs], out
+
+    epoch, seeds, out = last_epochs_and_seeds("--dataset", "mnist")
+    assert (epoch, seeds) == (2 * SMALL.epochs, [0, 1, 2, 3])
+    assert "examples=300" in out
+    epoch, seeds, out = last_epochs_and_seeds("--dataset", "mnist", "--seeds", "2")
+    assert seeds == [0, 1]
+    epoch, seeds, out = last_epochs_and_seeds("--dataset", "mnist", "--quick")
+    assert (epoch, seeds) == (1, [0, 1])
+    assert "examples=100" in out
+    monkeypatch.setattr(data, "kept", {})
+    epoch, seeds, out = last_epochs_and_seeds()
+    assert (epoch, seeds) == (SMALL.epochs, list(range(10)))
+    assert "examples=100" in out
+
+
+def test_all_there_is_stays_all_there_is(run, monkeypatch):
+    """A recipe that takes every example still does on a larger set."""
+    settings = SimpleNamespace(larger=Larger(examples=3, epochs=2))
+    lab = SimpleNamespace(quick=False, settings=settings)
+    sized = Lab.sized(lab, {"a": replace(SMALL, examples=None)})
+    assert (sized["a"].examples, sized["a"].epochs) == (None, 2 * SMALL.epochs)
 
 
 def test_claims_are_judged_by_the_run_and_by_no_quick_run(run):
@@ -162,6 +200,13 @@ def test_a_broken_results_file_is_set_aside_too(run):
     assert code == 0
     assert list(read(folder)["experiments"]) == ["second"]
     assert (folder / "previous-1" / "results.json").read_text() == '{"half'
+
+
+def test_a_file_of_ones_own_that_is_not_there_is_one_line(run):
+    code, out, err, folder = run("--dataset", "no-such-file.npz")
+    assert (code, out) == (2, "")
+    assert err == "error: argument --dataset: there is no file no-such-file.npz\n"
+    assert not list(folder.iterdir())
 
 
 def test_list_names_the_questions_and_runs_nothing(run):

@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from common.data import Batch, LessonError, derive, load, make_split, minibatches, mislabel, stratified_order
+from common import data
+from common.data import Batch, LessonError, Task, derive, load, make_split, minibatches, mislabel, stratified_order
 
 DIGITS = load("digits")
 
@@ -109,3 +112,64 @@ def test_purposes_and_seeds_have_streams_of_their_own():
     seeds = {derive(seed, purpose) for seed in range(50) for purpose in ("split", "start", "batches", "masks")}
     assert len(seeds) == 200
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def saved(path: Path, **arrays: np.ndarray) -> str:
+    np.savez(path, **arrays)
+    return str(path)
+
+
+def own_images(n: int = 200, shape: tuple[int, ...] = (3, 8, 8), classes: int = 4) -> dict[str, np.ndarray]:
+    return {"x": np.random.default_rng(0).normal(size=(n, *shape)), "y": np.arange(n) % classes}
+
+
+@pytest.mark.parametrize(("shape", "channels"), [((3, 8, 8), 3), ((12, 12), 1)])
+def test_your_own_images_come_from_a_file(tmp_path, monkeypatch, shape, channels):
+    monkeypatch.setattr(data, "kept", {})
+    arrays = own_images(shape=shape)
+    dataset = load(saved(tmp_path / "own.npz", **arrays))
+    assert dataset.task == Task((channels, *shape[-2:]), 4)
+    assert (dataset.validation, dataset.test) == (40, 40)
+    split = make_split(dataset, 0)
+    assert [len(part.y) for part in split] == [120, 40, 40]
+    assert split.train.x.dtype == torch.float32
+    np.testing.assert_array_equal(dataset.x.reshape(arrays["x"].shape), arrays["x"])
+
+
+def test_a_fifth_is_held_out_up_to_a_limit(tmp_path):
+    dataset = data.load_npz(Path(saved(tmp_path / "own.npz", **own_images(12_000, (8, 8)))))
+    assert (dataset.validation, dataset.test) == (1000, 2000)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x": np.zeros((20, 8, 8))}, "must hold two arrays, x and y"),
+        (own_images() | {"y": np.arange(199) % 4}, r"has x \(200, 3, 8, 8\) and y \(199,\)"),
+        (own_images(shape=(8, 9)), "wanted"),
+        (own_images(shape=(4, 4)), "H ≥ 8"),
+        (own_images(shape=(64,)), "wanted"),
+        (own_images() | {"y": np.arange(200) % 4 + 1}, "must be whole numbers 0, 1, 2"),
+        (own_images() | {"y": np.arange(200) % 4 * 1.0}, "must be whole numbers"),
+        (own_images(classes=1), "must be whole numbers"),
+        (own_images() | {"x": np.full((200, 8, 8), np.nan)}, "NaN or infinity"),
+        (own_images() | {"x": np.full((200, 8, 8), "a")}, "wanted"),
+        ({"x": np.array([{}]), "y": np.array([0])}, "no .npz file of arrays"),
+    ],
+)
+def test_a_file_that_holds_something_else_is_one_clear_line(tmp_path, arrays, message):
+    with pytest.raises(LessonError, match=message) as error:
+        data.load_npz(Path(saved(tmp_path / "own.npz", **arrays)))
+    assert "\n" not in str(error.value)
+
+
+def test_no_file_and_no_archive_are_one_clear_line(tmp_path):
+    with pytest.raises(LessonError, match="there is no file"):
+        data.load_npz(tmp_path / "own.npz")
+    for content in (b"", b"hello", b"PK\x03\x04 and no more"):
+        (tmp_path / "own.npz").write_bytes(content)
+        with pytest.raises(LessonError, match=r"is no \.npz file of arrays") as error:
+            data.load_npz(tmp_path / "own.npz")
+        assert "\n" not in str(error.value)
+    with pytest.raises(LessonError):
+        data.load_npz(tmp_path)

@@ -1,3 +1,4 @@
+import math
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -287,9 +288,10 @@ def test_drift_is_none_when_nothing_moves_and_some_when_it_does(lesson16):
         if step == lesson16.LOOKS[1]:
             with torch.no_grad():
                 state.model[lesson16.HIDDEN][1].bias -= 0.5
-    assert np.isnan(state.notes["drift"][0])
-    assert state.notes["drift"][1] == pytest.approx(0, abs=1e-6)
-    assert state.notes["drift"][2] == pytest.approx(0.5, abs=0.01)  # batch norm's output has a deviation of one
+    drift = state.notes["drift"].numpy()
+    assert np.isnan(drift[0])
+    assert drift[1] == pytest.approx(0, abs=1e-6)
+    assert drift[2] == pytest.approx(0.5, abs=0.01)  # batch norm's output has a deviation of one
 
 
 def test_quantiles_and_histogram_are_of_what_arrives_at_the_activation(lesson16):
@@ -299,7 +301,7 @@ def test_quantiles_and_histogram_are_of_what_arrives_at_the_activation(lesson16)
     block = state.model[lesson16.HIDDEN]
     arriving = block[0](state.model[: lesson16.HIDDEN](state.split.validation.x))
     expected = [arriving.quantile(q, 0).mean().item() for q in (0.15, 0.5, 0.85)]
-    assert state.notes["quantiles"][0] == pytest.approx(expected, rel=1e-5)
+    assert state.notes["quantiles"][0].tolist() == pytest.approx(expected, rel=1e-5)
     assert state.model.training
     notes = lesson16.note_histogram(state.model, state.split)
     assert notes["histogram"].sum() == pytest.approx(1)
@@ -309,7 +311,10 @@ def test_quantiles_and_histogram_are_of_what_arrives_at_the_activation(lesson16)
 def test_arrival_is_noted_once(lesson16):
     state = state_of(lesson16, 1)
     lesson16.note_arrival(state, 0.8)
-    assert np.isnan(state.notes["steps"])
+    assert not state.notes  # it looks at every second step
+    state.step = 2
+    lesson16.note_arrival(state, 0.8)
+    assert math.isnan(state.notes["steps"])
     right = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     optimizer = torch.optim.LBFGS(right.parameters(), max_iter=60)
     train = make_split(load("digits"), 0).train
@@ -322,10 +327,13 @@ def test_arrival_is_noted_once(lesson16):
 
     optimizer.step(closure)
     state = state_of(lesson16, 3, right)
-    for step in (3, 4, 6):
+    for step, target in ((2, 1.1), (3, 0.8), (4, 0.8), (6, 0.8)):
         state.step = step
-        lesson16.note_arrival(state, 0.8)
+        lesson16.note_arrival(state, target)
     assert state.notes["steps"] == 4
+    accuracy = evaluate(right, state.split.validation)[1]
+    lesson16.note_arrival(exact := state_of(lesson16, 2, right), accuracy)
+    assert exact.notes["steps"] == 2  # at the target is there
 
 
 def test_along_the_gradient_is_a_step_of_sgd(lesson16):
@@ -351,9 +359,13 @@ def test_along_the_gradient_is_a_step_of_sgd(lesson16):
     assert losses[2] == pytest.approx(loss.item(), rel=1e-4)
     assert changes[1] == pytest.approx(((second - first).norm() / first.norm()).item(), rel=1e-3)
     lesson16.note_landscape(state)
-    ranges = state.notes["landscape"][0, 0]
-    assert (np.diff(ranges) >= 0).all()
-    assert np.isnan(state.notes["landscape"][1:]).all()
+    ranges, noted = state.notes["landscape"][0].numpy()
+    rate = state.optimizer.param_groups[0]["lr"]
+    losses, changes = lesson16.along_the_gradient(state.model, batch, rate)
+    so_far = [losses[: i + 2].tolist() for i in range(len(changes))]
+    assert ranges == pytest.approx([max(each) - min(each) for each in so_far], abs=1e-6)
+    assert noted == pytest.approx(changes.tolist())
+    assert state.notes["landscape"][1:].isnan().all()
 
 
 def test_batch_norm_makes_the_gradient_grow_and_the_default_start_makes_it_vanish(lesson16):

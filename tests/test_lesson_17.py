@@ -147,13 +147,14 @@ def test_the_label_is_the_contrast(lesson17):
     x = torch.ones(500, 1, 2, 2)
     changed, label = lesson17.multiplied(x)
     assert set(label.tolist()) == set(range(10))
-    torch.testing.assert_close(changed[:, 0, 0, 0], torch.tensor(lesson17.FACTORS)[label])
+    factors = torch.tensor([lesson17.WEAKEST * lesson17.STRONGER**i for i in range(lesson17.FACTORS)])
+    torch.testing.assert_close(changed[:, 0, 0, 0], factors[label])
 
     class Reader(nn.Module):
         """Reads the factor off an image of ones."""
 
         def forward(self, images):
-            return -100 * (images.mean((1, 2, 3))[:, None] - torch.tensor(lesson17.FACTORS)).abs()
+            return -100 * (images.mean((1, 2, 3))[:, None] - factors).abs()
 
     split = SimpleNamespace(test=SimpleNamespace(x=x))
     assert lesson17.contrast_accuracy(Reader(), split) == {"contrast": 1.0}

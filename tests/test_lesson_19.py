@@ -394,7 +394,7 @@ class FakeLab:
     def __init__(self, lesson, note) -> None:
         self.settings, self.tables, self.note = SimpleNamespace(seeds=[0, 1]), [], note
 
-    def shortened(self, arms: dict) -> dict:
+    def sized(self, arms: dict) -> dict:
         return arms
 
     def tune(self, name: str, grids: dict, count: int) -> Tuning:
@@ -427,10 +427,24 @@ def test_linear_networks_get_the_rate_that_needs_the_fewest_steps(lesson19):
     assert [recipe.optimizer.keywords["lr"] for recipe in arms.values()] == [0.08, 0.04]
     assert min(lab.seeds) >= 1_000_000
     rows = {row[0]: row[1:] for row in lab.tables[0].rows}
-    assert rows["Gaussian 5"] == ["", "", "", "25.0", "12.5*", "–", "–", ""]
+    assert rows["Gaussian 5"] == ["", "", "50.0", "25.0", "12.5*", "–", "–", ""]
     assert rows["orthogonal 40"] == ["200.0", "100.0", "50.0", "25.0*", "", "", "", ""]
     nothing = lesson19.fastest(FakeLab(lesson19, lambda arm, rate: math.nan), {"Gaussian 5": lesson19.LINEAR})
     assert list(nothing) == ["Gaussian 5"]
+
+
+def test_a_run_that_never_arrives_counts_with_its_length_and_a_diverged_one_not_at_all(lesson19):
+    runs = [Run(0, notes={"steps": 7}), Run(1), Run(2, diverged_at=3)]
+    compared = Comparison([0, 1, 2], {"a": lesson19.LINEAR}, {}, {"a": runs})
+    assert lesson19.at_least(compared, "a") == pytest.approx([7, 60, math.nan], nan_ok=True)
+    assert lesson19.steps_needed(compared, "a") == pytest.approx([7, math.nan, math.nan], nan_ok=True)
+
+
+def test_a_norm_does_not_underflow(lesson19):
+    x = torch.tensor([[3.0, -4.0]], dtype=torch.float64)
+    assert lesson19.norm(x) == pytest.approx(5)
+    assert lesson19.norm(1e-300 * x) == pytest.approx(5e-300)
+    assert math.isnan(lesson19.powers([lesson19.norm(0 * x)])[0])
 
 
 def test_a_zero_output_layer_starts_at_guessing_and_learns(lesson19):

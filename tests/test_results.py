@@ -1,5 +1,6 @@
 """The committed reference runs and the README that quotes them: fresh, complete, and saying what is claimed."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,11 +8,12 @@ import pytest
 from conftest import LESSONS, ROOT, load_lesson
 from PIL import Image
 
-from common import readme, report
+from common import editorial, readme, report
 from common.statistics import FAILS, HOLDS, UNCLEAR, Estimate, Range, judge
 
 RESULTS = readme.load_results()
 FASHION = readme.load_results(dataset=readme.FASHION)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # What the README and the lessons lean on. A new reference run that overturns one of these must be told, not slipped in.
 HEADLINES = {
@@ -20,7 +22,7 @@ HEADLINES = {
         "Dropout narrows the gap of validation to training loss": HOLDS,
         "Evaluating in training mode costs accuracy": HOLDS,
         "Shallow: p from 0.1 to 0.2 beats any other": FAILS,
-        "It gains more where labels are wrong (200 digits)": HOLDS,
+        "It gains more where labels are wrong (200 images)": HOLDS,
         "From the lowest validation loss on, test accuracy falls, too (wrong labels)": HOLDS,
     },
     "15_regularization_techniques_detailed": {
@@ -33,8 +35,8 @@ HEADLINES = {
         "L1 forces weights to zero: at least a tenth of them (proximal step)": HOLDS,
         "L1 forces weights to zero: at least a tenth of them (subgradient step)": FAILS,
         "L1 selects features: less weight on useless inputs than without": HOLDS,
-        "It is free: better even with 40 of the 200 digits held out for it (right labels)": FAILS,
-        "Mirroring, wrong for digits, costs accuracy (right labels)": HOLDS,
+        "It is free: better even with 40 of the 200 images held out for it (right labels)": FAILS,
+        "Mirroring costs accuracy (right labels)": HOLDS,
         "Together they need less strength than each alone": HOLDS,
         "Two gains overlap: dropout, augm.": HOLDS,
     },
@@ -154,24 +156,92 @@ def test_fashion_mnist_is_a_whole_run_of_the_same_claims(lesson):
         assert all((folder / figure).exists() for figure in entry["figures"])
 
 
-def test_verdicts_that_differ_are_told_claim_by_claim():
-    def claim(id: str, verdict: str, mean: float, statement: str = "") -> dict:
-        estimate = {"mean": mean, "low": mean - 1, "high": mean + 1, "n": 10, "unit": "points"}
-        words = {"id": id, "statement": statement or f"claim {id}", "expected": "> 0 points", "seeds": 10}
-        return words | {"estimate": estimate, "verdict": verdict}
+def made_up(id: str, verdict: str, mean: float, statement: str = "") -> dict:
+    estimate = {"mean": mean, "low": mean - 1, "high": mean + 1, "n": 10, "unit": "points"}
+    words = {"id": id, "statement": statement or f"claim {id}", "expected": "> 0 points", "seeds": 10}
+    return words | {"estimate": estimate, "verdict": verdict, "source": "somebody"}
 
-    digits = {"title": "A lesson", "claims": [claim("a-1", HOLDS, 5), claim("a-2", UNCLEAR, 0), claim("b-1", HOLDS, 3)]}
-    fashion = {"claims": [claim("a-1", HOLDS, 4), claim("a-2", FAILS, -2), claim("b-1", FAILS, -3, "claim b-1 (B)")]}
-    lines = readme.differences(digits, fashion).splitlines()
-    assert len(lines) == 4
-    assert lines[2].startswith(
-        "| claim b-1; on Fashion-MNIST: claim b-1 (B) | > 0 points | +3.0 [+2.0, +4.0] points: holds"
+
+DIGITS = {"lesson": "14_x", "claims": [made_up("a-1", HOLDS, 5), made_up("a-2", UNCLEAR, 0), made_up("b-1", HOLDS, 3)]}
+CLOTHES = {
+    "lesson": "14_x",
+    "claims": [made_up("a-1", HOLDS, 4), made_up("a-2", FAILS, -2), made_up("b-1", FAILS, -3, "claim b-1 (B)")],
+}
+
+
+def test_the_board_has_every_claim_with_both_verdicts():
+    lines = readme.board(DIGITS, CLOTHES).splitlines()
+    assert len(lines) == 5
+    same, decided, opposite = lines[2:]
+    assert same == (
+        "| claim a-1 | somebody | > 0 points | +5.0 [+4.0, +6.0] points: holds | +4.0 [+3.0, +5.0] points: holds |"
     )
-    assert lines[3].startswith("| claim a-2 |")
-    assert lines[3].endswith("-2.0 [-3.0, -1.0] points: does not hold here |")
-    assert readme.differences(digits, digits) == "Every verdict is the same."
-    table = readme.agreement({"x": digits}, {"x": fashion}).splitlines()
-    assert table[-2:] == ["| A lesson | 3 | 1 | 1 | 1 |", "| all | 3 | 1 | 1 | 1 |"]
+    assert decided.endswith("points: **unclear** | -2.0 [-3.0, -1.0] points: **does not hold** |")
+    assert opposite.startswith("| claim b-1; on clothes: claim b-1 (B) |")
+    assert readme.counts({"14_x": DIGITS}, {"14_x": CLOTHES}).splitlines()[2:] == [
+        "| [14 Dropout](#14-dropout) | 3 | 2 / 0 / 1 | 1 / 2 / 0 | 1 | 1 | 1 |",
+        "| **all** | 3 | 2 / 0 / 1 | 1 / 2 / 0 | 1 | 1 | 1 |",
+    ]
+    turned = readme.opposites({"14_x": DIGITS}, {"14_x": CLOTHES}).splitlines()[2:]
+    assert len(turned) == 1
+    assert turned[0].startswith("| 14 | claim b-1 | > 0 points | +3.0 [+2.0, +4.0] points: holds | -3.0")
+    assert readme.opposites({"14_x": DIGITS}, {"14_x": DIGITS}) == "None."
+    assert readme.totals({"14_x": DIGITS}) == ("Of 3 rules of thumb 2 hold on the digits, 0 do not, and 1 are unclear.")
+
+
+@pytest.mark.parametrize("number", sorted(lesson[:2] for lesson in LESSONS))
+def test_the_whole_board_is_in_the_readme(number):
+    """Every claim of the level, its source, its effect and verdict on both data sets: nothing is left out."""
+    lesson = next(each for each in LESSONS if each.startswith(number))
+    section = README.partition(f"<!-- begin: board {number} -->")[2].partition("<!-- end -->")[0]
+    for record in (RESULTS[lesson], FASHION[lesson]):
+        for claim in record["claims"]:
+            for text in (claim["statement"], report.measured(claim)):
+                assert text.replace("|", "\\|") in section
+    assert section.count("\n| ") == len(RESULTS[lesson]["claims"]) + 2
+
+
+def test_a_sentence_whose_verdict_turned_is_refused():
+    assert readme.supported(DIGITS, {"claim a-1": HOLDS, "claim a-2": UNCLEAR}) == DIGITS["claims"][:2]
+    with pytest.raises(ValueError, match="lesson 14_x: a sentence needs 'claim a-1' to be: does not hold here"):
+        readme.supported(DIGITS, {"claim a-1": FAILS})
+    with pytest.raises(LookupError, match="2 claims of lesson 14_x begin with 'claim a'"):
+        readme.supported(DIGITS, {"claim a": HOLDS})
+    with pytest.raises(LookupError, match="0 claims"):
+        readme.beginning(DIGITS, "no such claim")
+
+
+def test_the_cheat_sheet_stands_on_verdicts():
+    settings = ["dropout p", "weight decay", "learning rate", "batch size", "norm", "start", "schedule", "all together"]
+    assert [advice.setting for advice in editorial.CHEAT_SHEET] == settings
+    for advice in editorial.CHEAT_SHEET:
+        assert sum(map(len, advice.rests_on.values())) >= 3
+    overturned = json.loads(json.dumps(RESULTS))
+    for claim in overturned["19_weight_initialization"]["claims"]:
+        if claim["statement"].startswith("tanh → Xavier"):
+            claim["verdict"] = HOLDS
+    with pytest.raises(ValueError, match="tanh → Xavier"):
+        readme.cheat_sheet(overturned, FASHION)
+
+
+def test_every_lesson_has_three_findings_and_a_headline():
+    for lesson in LESSONS:
+        assert len(editorial.FINDINGS[lesson[:2]]) == 3
+        assert readme.beginning(RESULTS[lesson], editorial.LESSONS[lesson[:2]].headline)
+        text = (ROOT / f"{lesson}.py").read_text(encoding="utf-8")
+        for finding in editorial.FINDINGS[lesson[:2]]:
+            assert finding.rests_on
+        assert f"`python {lesson}.py`" in README
+        assert text.startswith("# %% [markdown]")
+
+
+def test_what_validation_chose_is_read_off_the_grid():
+    grid = {"title": "Strength, chosen (*) by accuracy", "rows": [["a", "0.1: 50.0", "0.3: 60.0*"], ["b", "1: 9.0*"]]}
+    record = {"lesson": "15_x", "experiments": {"line_up": {"table": [{"title": "Loss", "rows": [["a", "*"]]}, grid]}}}
+    assert readme.chosen(record, "line_up", "a") == "0.3"
+    assert readme.chosen(record, "line_up", "b") == "1"
+    with pytest.raises(LookupError, match="no grid of line_up in lesson 15_x has a row 'c'"):
+        readme.chosen(record, "line_up", "c")
 
 
 @pytest.mark.parametrize("lesson", LESSONS)
@@ -230,45 +300,59 @@ def test_headline_claims_hold(lesson):
     assert set(verdict.values()) <= {HOLDS, FAILS, UNCLEAR}
 
 
-@pytest.mark.parametrize("lesson", LESSONS)
-def test_every_exercise_has_its_answer(lesson):
-    text = (ROOT / f"{lesson}.py").read_text(encoding="utf-8")
-    exercises = re.findall(r"^# (\d)\. ", text.partition("# ## Exercises")[2], flags=re.MULTILINE)
-    answers = (ROOT / "results" / lesson / "answers.md").read_text(encoding="utf-8")
-    assert 3 <= len(exercises) <= 5
-    assert re.findall(r"<summary>(\d)\. ", answers) == exercises
-
-
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = readme.blocks(RESULTS, FASHION)
-
-
 def test_readme_says_what_results_say():
-    assert readme.fill(README, BLOCKS) == README, "out of date; run: python -m common.readme"
+    assert readme.fill(README, readme.blocks(RESULTS, FASHION)) == README, "out of date; run: python -m common.readme"
     assert re.findall(r"<!-- begin: (.+?) -->", README)
 
 
 def test_a_stale_readme_is_noticed():
     stale = re.sub(r"\+\d\.\d", "+99.9", README, count=1)
-    assert readme.fill(stale, BLOCKS) == README
+    assert readme.fill(stale, readme.blocks(RESULTS, FASHION)) == README
 
 
-def test_readme_links_lead_somewhere():
-    for text, base in [(README, ROOT)] + [
-        (path.read_text(encoding="utf-8"), path.parent) for path in ROOT.glob("results/*/*.md")
-    ]:
-        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
-            if not target.startswith("http"):
-                assert (base / target).exists(), target
+def anchors(text: str) -> set[str]:
+    """The anchors of a Markdown text's headings, as GitHub makes them."""
+    outside = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    heads = re.findall(r"^#+ (.+)$", outside, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
 
 
-def test_readme_anchors_exist():
-    heads = {
-        re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-")
-        for head in re.findall(r"^#+ (.+)$", README, re.M)
-    }
-    for anchor in re.findall(r"\]\(#([^)]+)\)", README):
-        assert anchor in heads, anchor
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("exercises/**/*.md")), *sorted(ROOT.glob("results/**/*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_anchors_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if path.startswith("http"):
+            continue
+        there = page.parent / path if path else page
+        assert there.exists(), target
+        if anchor:
+            assert anchor in anchors(there.read_text(encoding="utf-8")), target
+
+
+def test_a_dead_anchor_is_noticed():
+    assert anchors("# A title\n## 14 Dropout, again\n```\n# no heading\n```") == {"a-title", "14-dropout-again"}
+
+
+def test_commands_in_the_readme_name_what_there_is():
+    """Every script, module, experiment and option that the README tells the reader to type."""
+    from common.cli import parse
+
+    for lesson, words in re.findall(r"python (\d\d_\w+)\.py([^`\n&]*)", README):
+        experiments = [experiment.__name__ for experiment in load_lesson(lesson).EXPERIMENTS]
+        parse(lesson, "", experiments, words.replace("mine.npz", "digits").split())
+    for module in re.findall(r"python -m common\.(\w+)", README):
+        assert (ROOT / "common" / f"{module}.py").exists()
+
+
+def test_the_checklist_of_the_level_is_whole():
+    items = re.findall(r"^- \[ \] \*\*(.+?)\*\*(.*?)(?=^- |\Z|^$)", README, re.MULTILINE | re.DOTALL)
+    assert len(items) == 7
+    for _, text in items:
+        assert "/summary.md#" in text
 
 
 def test_quick_start_is_two_command_lines():
@@ -280,7 +364,7 @@ def test_quick_start_is_two_command_lines():
 
 
 def test_the_readme_generator_knows_every_experiment():
-    made = BLOCKS
+    made = readme.blocks(RESULTS, FASHION)
     for lesson, record in RESULTS.items():
         for name in record["experiments"]:
             lines = made[f"excerpt {lesson[:2]} {name}"].splitlines()

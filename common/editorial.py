@@ -1,0 +1,383 @@
+"""What the README says that rests on verdicts, chosen and written by hand: headlines, findings, advice.
+
+A claim is named by the beginning of its statement. common/readme.py looks each up in results/, quotes what was
+measured, and refuses a sentence whose verdict has turned.
+"""
+
+from typing import NamedTuple
+
+from common.statistics import FAILS, HOLDS, UNCLEAR
+
+
+class Lesson(NamedTuple):
+    """A row of the table of lessons: minutes of study, difficulty, and the beginning of its headline claim."""
+
+    name: str
+    question: str
+    minutes: str
+    difficulty: str
+    headline: str
+
+
+LESSONS = {
+    "14": Lesson(
+        "Dropout",
+        "When does switching units off at random help, and how many?",
+        "45–60",
+        "intermediate",
+        "Add dropout: better generalisation",
+    ),
+    "15": Lesson(
+        "Regularisation techniques",
+        "Which weapon against overfitting pays, at what price?",
+        "60–90",
+        "advanced",
+        "The best technique beats a mere lowering of the rate",
+    ),
+    "16": Lesson(
+        "Batch normalisation",
+        "Does it make deep networks trainable, and is it necessary?",
+        "45–60",
+        "intermediate",
+        "Five layers: batch norm pays",
+    ),
+    "17": Lesson(
+        "Its relatives",
+        "Which norm for which batch, image or sequence?",
+        "60–90",
+        "advanced",
+        "Group norm for small batches: beats batch norm (2, conv",
+    ),
+    "18": Lesson(
+        "Learning-rate scheduling",
+        "What does a schedule buy, for long and for short runs?",
+        "60–75",
+        "advanced",
+        "Scheduling gains 5 to 10 points (the best",
+    ),
+    "19": Lesson(
+        "Weight initialisation",
+        "Which start trains which network, and when does it stop mattering?",
+        "45–60",
+        "advanced",
+        "PyTorch's default is already good: no worse than He (ReLU, 20",
+    ),
+}
+
+
+class Finding(NamedTuple):
+    """A sentence, and the verdicts on digits that it rests on, by the beginning of each claim's statement."""
+
+    sentence: str
+    rests_on: dict[str, str]
+
+
+FINDINGS = {
+    "14": [
+        Finding(
+            "Dropout pays where there is something wrong to learn by heart. With right labels little is left of it.",
+            {"It gains more where labels are wrong": HOLDS, "It still helps with 800 clean images": UNCLEAR},
+        ),
+        Finding(
+            "The ranges of p that go round are too low for a shallow network.",
+            {"Shallow: p from 0.1 to 0.2 beats any other": FAILS, "Shallow: raising p from 0.2 to 0.5 helps": HOLDS},
+        ),
+        Finding(
+            "A forgotten `model.eval()` raises no error and costs more than dropout gains.",
+            {"Evaluating in training mode costs accuracy": HOLDS, "Add dropout: better generalisation": HOLDS},
+        ),
+    ],
+    "15": [
+        Finding(
+            "Against wrong labels most techniques work. Whether the best of them does better than a lower learning "
+            "rate, the digits cannot tell.",
+            {"Early stopping helps": HOLDS, "The best technique beats a mere lowering of the rate": UNCLEAR},
+        ),
+        Finding(
+            "A validation loss that rises need not mean worse predictions.",
+            {"Train loss ↓ + validation loss ↑ = worse predictions (right labels)": FAILS},
+        ),
+        Finding(
+            "L1 makes zeros only if you write its proximal step.",
+            {
+                "L1 forces weights to zero: at least a tenth of them (proximal": HOLDS,
+                "L1 forces weights to zero: at least a tenth of them (subgradient": FAILS,
+            },
+        ),
+    ],
+    "16": [
+        Finding(
+            "Batch norm makes a deep plain network train. So do a good start and skip connections.",
+            {
+                "10 layers train with it": HOLDS,
+                "10 layers: necessary, He's start fails": FAILS,
+                "20 layers: necessary, skips fail": FAILS,
+            },
+        ),
+        Finding(
+            "Stable inputs of a layer are not the reason why it works.",
+            {
+                "With the noise they drift more than without batch norm": HOLDS,
+                "With the noise it still trains better than no batch norm": HOLDS,
+            },
+        ),
+        Finding(
+            "A forgotten `eval()` costs nothing or nearly everything: it depends on who else is in the batch.",
+            {
+                "eval() forgotten costs accuracy (400 mixed images)": FAILS,
+                "eval() forgotten costs accuracy (20 images, sorted": HOLDS,
+            },
+        ),
+    ],
+    "17": [
+        Finding(
+            "With batches of 2 batch norm fails on vectors and not on feature maps: count the numbers in a mean, not "
+            "the images in a batch.",
+            {
+                "Batches of 2: layer norm beats batch norm (vectors)": HOLDS,
+                "Batches of 2: layer norm beats batch norm (convolutions)": FAILS,
+            },
+        ),
+        Finding(
+            "What instance norm takes out is gone for good: it ignores a change of contrast, and cannot learn one.",
+            {
+                "Instance norm removes an image's contrast: nothing lost": HOLDS,
+                "Instance norm throws contrast away: left at chance": HOLDS,
+            },
+        ),
+        Finding(
+            "“Layer norm for sequences” is no law: in the short runs of this transformer batch norm is ahead.",
+            {"Layer norm for sequences: beats batch norm (transformer)": FAILS},
+        ),
+    ],
+    "18": [
+        Finding(
+            "The five to ten points that a schedule is said to gain are not there, once the constant rate is tuned as "
+            "well.",
+            {
+                "Scheduling gains 5 to 10 points (the best": FAILS,
+                "Scheduling gains 5 to 10 points (cosine, clean": FAILS,
+            },
+        ),
+        Finding(
+            "A constant rate ends on a floor of noise that is proportional to rate over batch size.",
+            {"The floor is proportional to the rate": HOLDS, "The floor goes as 1 / batch size": HOLDS},
+        ),
+        Finding(
+            "Slips with a scheduler raise no error and cost more than the best schedule gains.",
+            {"The slip costs accuracy (per batch)": HOLDS, "The slip costs accuracy (plotted first)": HOLDS},
+        ),
+    ],
+    "19": [
+        Finding(
+            "PyTorch's default start does not train a deep plain network; He's does.",
+            {"Default → already good: it trains": FAILS, "It trains (He)": HOLDS},
+        ),
+        Finding(
+            "Of the rules by activation, ReLU → He holds and tanh → Xavier does not.",
+            {"ReLU → He: beats the best other": HOLDS, "tanh → Xavier: beats the best other": FAILS},
+        ),
+        Finding(
+            "Batch norm and skip connections take most of the start's importance away. Adam does not.",
+            {
+                "The start matters less: smaller spread (batch norm)": HOLDS,
+                "The start matters less: smaller spread (skips)": HOLDS,
+                "The start no longer matters: the usual three within 2 points (Adam)": FAILS,
+            },
+        ),
+    ],
+}
+
+
+class Advice(NamedTuple):
+    """A row of the cheat sheet: the folk rule, what the runs support, the verdicts on digits that it rests on, by
+    lesson, and the row of lesson 15's grid of strengths that shows what validation chose, if there is one.
+    """
+
+    setting: str
+    folklore: str
+    advice: str
+    rests_on: dict[str, dict[str, str]]
+    grid: str = ""
+
+
+CHEAT_SHEET = [
+    Advice(
+        "dropout p",
+        "0.1 to 0.2 in shallow networks, 0.3 to 0.5 in deep ones",
+        "0.5 on the hidden layers of a network that is large enough to learn mistakes by heart, then try more; none in "
+        "a small network, none on the output; not 0.5 in every block of a network with batch norm (0.2 was no worse)",
+        {
+            "14": {
+                "Shallow: p from 0.1 to 0.2 beats any other": FAILS,
+                "Add dropout: better generalisation": HOLDS,
+                "A network too small to overfit": HOLDS,
+                "Dropout on the output layer, too, raises the loss": HOLDS,
+            },
+            "16": {
+                "In every block (0.5): worse than batch norm alone": HOLDS,
+                "In every block (0.2): worse than batch norm alone": FAILS,
+            },
+        },
+        "dropout",
+    ),
+    Advice(
+        "weight decay",
+        "start at 1e-5 to 1e-4; 0.1 is large",
+        "choose it by decades, with AdamW as far as 10, because PyTorch multiplies it by the learning rate; 1e-4 does "
+        "nothing here. With other regularisers less is enough",
+        {
+            "15": {
+                "Small weight decay, 1e-4, a default start: it helps": FAILS,
+                "Decoupled weight decay helps": HOLDS,
+                "Together they need less strength than each alone": HOLDS,
+            }
+        },
+        "weight decay",
+    ),
+    Advice(
+        "learning rate",
+        "1e-3 for Adam, 0.1 for SGD",
+        "a grid by half decades for each network, optimiser and budget, before anything else: a better rate may be "
+        "worth as much as a regulariser. 1e-3 is far too low for Adam in a run of 40 steps; with batch norm try higher "
+        "rates, too",
+        {
+            "15": {"The best technique beats a mere lowering of the rate": UNCLEAR},
+            "16": {"It can use higher learning rates, by half a decade": HOLDS},
+            "18": {"Start at 0.001 (Adam): as good as the best rate": FAILS},
+        },
+        "lower rate",
+    ),
+    Advice(
+        "batch size",
+        "large batches for batch norm",
+        "what counts is rate over batch size: half the batch is as noisy as twice the rate. With batch norm over "
+        "vectors not 2; groups of ten regularise more than groups of a hundred",
+        {
+            "16": {
+                "Smaller groups regularise more: 10 beats 100": HOLDS,
+                "Too small a group hurts: 2 against 10": HOLDS,
+                "Batches of 2: batch norm is worse than none": HOLDS,
+            },
+            "18": {"The floor is proportional to the rate": HOLDS, "The floor goes as 1 / batch size": HOLDS},
+        },
+    ),
+    Advice(
+        "norm",
+        "batch norm for images, layer norm for sequences, group norm for small batches",
+        "batch norm in a plain network, before or after the activation; layer norm where a mean would be over two "
+        "numbers; skip connections in place of it at 40 layers. On feature maps group norm is not better, even with "
+        "batches of 2",
+        {
+            "16": {
+                "Five layers: batch norm pays": HOLDS,
+                "Each at its best rate, batch norm is more": HOLDS,
+                "After the ReLU also works": HOLDS,
+                "40 layers: batch norm is as good as skip": FAILS,
+            },
+            "17": {
+                "Batches of 2: layer norm beats batch norm (vectors)": HOLDS,
+                "Group norm for small batches: beats batch norm (2, conv": FAILS,
+            },
+        },
+    ),
+    Advice(
+        "start",
+        "He for ReLU, Xavier for tanh, LeCun for SELU; PyTorch's default is good",
+        "He for ReLU and GELU, and for tanh, too; LeCun or Xavier for SELU. Never PyTorch's default in a deep plain "
+        "network; with skip connections whose blocks begin at zero the start matters less",
+        {
+            "19": {
+                "ReLU → He: beats the best other": HOLDS,
+                "GELU → He: beats the best other": HOLDS,
+                "tanh → Xavier: beats the best other": FAILS,
+                "SELU → LeCun: beats the best other": UNCLEAR,
+                "PyTorch's default is already good: no worse than He (ReLU, 20": FAILS,
+                "The start matters less: smaller spread (skips, zero)": HOLDS,
+            }
+        },
+    ),
+    Advice(
+        "schedule",
+        "tenfold down every 30 epochs; one-cycle when time is short; gains 5 to 10 points",
+        "a constant rate, tuned, in the shortest runs; else a cosine with a peak of its own, which ends where the run "
+        "ends; warm-up if a network does not train without it",
+        {
+            "18": {
+                "Scheduling gains 5 to 10 points (the best": FAILS,
+                "Cosine, the default: no worse than the best other": HOLDS,
+                "Cosine beats constant (5 epochs": FAILS,
+                "Cosine beats constant (20 epochs": HOLDS,
+                "Time is short: one-cycle beats the best other": FAILS,
+                "A cosine that comes back up costs accuracy": HOLDS,
+                "Without warm-up it does not train": HOLDS,
+            }
+        },
+    ),
+    Advice(
+        "all together",
+        "dropout + L2 + batch norm + a schedule",
+        "add one at a time, and choose all strengths anew: together they need less, and gains overlap",
+        {
+            "15": {
+                "Decay, dropout and augmentation together beat the best": UNCLEAR,
+                "Together they need less strength than each alone": HOLDS,
+                "Two gains overlap: decay, dropout": HOLDS,
+            },
+            "16": {"In every block (0.5): worse than batch norm alone": HOLDS},
+        },
+    ),
+]
+
+
+class Critical(NamedTuple):
+    """One of the study guide's critical experiments: its title, the lesson and the experiments that do it, and for each
+    thing that the guide expects the beginning of the claim that tests it.
+    """
+
+    title: str
+    lesson: str
+    experiment: str
+    expects: dict[str, str]
+
+
+CRITICAL = [
+    Critical(
+        "Overfitting demo: a large network, a small data set",
+        "14",
+        "overfitting",
+        {
+            "no regularisation → it overfits": "From the lowest validation loss on, test accuracy falls, too (wrong",
+            "add dropout → better generalisation": "Add dropout: better generalisation",
+            "add weight decay → even better": "Add weight decay to dropout: even better",
+        },
+    ),
+    Critical(
+        "The impact of batch norm: ten layers and more",
+        "16",
+        "depth",
+        {
+            "without → unstable or fails": "10 layers fail without it (default start)",
+            "with → trains smoothly": "10 layers train with it",
+        },
+    ),
+    Critical(
+        "Learning-rate schedule: 100 epochs",
+        "18",
+        "hundred_epochs",
+        {
+            "constant rate → plateaus": "A constant rate plateaus (its own)",
+            "with a schedule → goes on improving": "With a schedule it goes on improving (cosine)",
+        },
+    ),
+    Critical(
+        "Initialisation: a deep network",
+        "19",
+        "trains symmetry",
+        {
+            "zeros → all neurons identical": "Zeros: the hidden neurons learn, all the same (ReLU",
+            "no scaling → exploding gradients": "No scaling → exploding gradients",
+            "He → trains": "It trains (He)",
+        },
+    ),
+]

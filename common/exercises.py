@@ -1,0 +1,109 @@
+"""Repeat the run behind the answer to an exercise: `python -m common.exercises 14 1`."""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from common.data import LessonError
+from common.report import ROOT, source_hash, write_whole
+
+FOLDER = ROOT / "exercises"
+OUT = ROOT / "outputs" / "exercises"
+
+
+class Exercise(NamedTuple):
+    """A question, the lines to change as (before, after), and the words of the command that then runs the lesson."""
+
+    lesson: str
+    number: int
+    question: str
+    changes: list[tuple[str, str]]
+    words: list[str]
+
+
+def hunks(diff: str) -> list[tuple[str, str]]:
+    """A diff's hunks, divided by blank lines, as the text before and after the change."""
+    pairs = []
+    for hunk in re.split(r"\n\n+", diff.strip("\n")):
+        lines = hunk.split("\n")
+        before, after = ("\n".join(line[1:] for line in lines if line[0] in signs) for signs in (" -", " +"))
+        pairs.append((before, after))
+    return pairs
+
+
+def exercises(lesson: str) -> list[Exercise]:
+    """The exercises of a lesson, as its page in exercises/ says."""
+    text = (FOLDER / f"{lesson}.md").read_text(encoding="utf-8")
+    pattern = r"^## (\d)\. ([^\n]+)\n\n```diff\n(.*?)\n```\n\n```bash\npython \S+ ([^\n]+)\n```"
+    found = re.findall(pattern, text, flags=re.MULTILINE | re.DOTALL)
+    return [
+        Exercise(lesson, int(number), question, hunks(diff), words.split()) for number, question, diff, words in found
+    ]
+
+
+def changed(text: str, exercise: Exercise) -> str:
+    """The lesson's text with the exercise's lines changed. Raises LessonError unless each is there, once."""
+    for before, after in exercise.changes:
+        lines = re.compile(f"^{re.escape(before)}\n", re.MULTILINE)
+        if len(lines.findall(text)) != 1:
+            raise LessonError(f"exercise {exercise.number}: the script does not have this, once:\n{before}")
+        new = f"{after}\n" if after else ""
+        text = lines.sub(lambda _, new=new: new, text)
+    return text
+
+
+def pick(number: str, which: int) -> Exercise:
+    """Exercise `which` of the lesson that begins with `number`. Raises LessonError if there is none."""
+    lessons = [path.stem for path in sorted(FOLDER.glob("[0-9][0-9]_*.md"))]
+    found = [each for lesson in lessons if lesson[:2] == number for each in exercises(lesson) if each.number == which]
+    if not found:
+        raise LessonError(f"there is no exercise {number} {which}; lessons: {', '.join(each[:2] for each in lessons)}")
+    return found[0]
+
+
+def run(exercise: Exercise, more: list[str]) -> tuple[int, Path]:
+    """Run a changed copy of the lesson; returns the exit code and the folder that it and its results are in."""
+    folder = OUT / f"{exercise.lesson[:2]}-{exercise.number}"
+    folder.mkdir(parents=True, exist_ok=True)
+    script = folder / f"{exercise.lesson}.py"
+    text = (ROOT / script.name).read_text(encoding="utf-8")
+    script.write_text(changed(text, exercise), encoding="utf-8")
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, str(script), *exercise.words, "--out", str(folder), *more]
+    return subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}).returncode, folder
+
+
+def keep(exercise: Exercise, folder: Path) -> None:
+    """File the run's summary, without its figures, in exercises/runs."""
+    summary = (folder / exercise.lesson / "summary.md").read_text(encoding="utf-8")
+    text = re.sub(r"^!\[.*\n\n", "", summary, flags=re.MULTILINE)
+    head = f"# Exercise {exercise.number} of lesson {exercise.lesson[:2]}: {exercise.question}"
+    end = f"\nThe script before the change: source {source_hash(exercise.lesson)}.\n"
+    path = FOLDER / "runs" / f"{exercise.lesson[:2]}-{exercise.number}.md"
+    write_whole(path, lambda aside: aside.write_text(f"{head}\n\n#{text}{end}", encoding="utf-8"))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Read the command line and run. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m common.exercises", description=__doc__)
+    parser.add_argument("lesson", help="14 to 19")
+    parser.add_argument("number", type=int, help="the exercise's number")
+    parser.add_argument("--keep", action="store_true", help="file the summary in exercises/runs, for the answer")
+    options, more = parser.parse_known_args(arguments)
+    try:
+        exercise = pick(options.lesson, options.number)
+        code, folder = run(exercise, more)
+    except LessonError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.keep and code == 0:
+        keep(exercise, folder)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The exercises: their changes fit the scripts, and their answers quote runs that are committed and fresh."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from conftest import LESSONS, ROOT, load_lesson
+
+from common import exercises, report
+from common.cli import parse
+from common.data import LessonError
+from common.exercises import Exercise, changed, hunks, main, pick
+
+ALL = [each for lesson in LESSONS for each in exercises.exercises(lesson)]
+IDS = [f"{each.lesson[:2]}-{each.number}" for each in ALL]
+
+
+def page(lesson: str) -> str:
+    return (ROOT / "exercises" / f"{lesson}.md").read_text(encoding="utf-8")
+
+
+def kept_run(exercise: Exercise) -> Path:
+    return ROOT / "exercises" / "runs" / f"{exercise.lesson[:2]}-{exercise.number}.md"
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_every_lesson_has_exercises_and_the_script_asks_them(lesson):
+    numbers = [each.number for each in ALL if each.lesson == lesson]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert 3 <= len(numbers) <= 5
+    text = (ROOT / f"{lesson}.py").read_text(encoding="utf-8").partition("# ## Exercises")[2]
+    assert [int(number) for number in re.findall(r"^# (\d)\. ", text, re.MULTILINE)] == numbers
+    assert f"`exercises/{lesson}.md`" in text
+    assert page(lesson).count("<summary>The answer</summary>") == len(numbers)
+
+
+@pytest.mark.parametrize("exercise", ALL, ids=IDS)
+def test_the_change_fits_the_script_and_the_command_runs_what_there_is(exercise):
+    before = (ROOT / f"{exercise.lesson}.py").read_text(encoding="utf-8")
+    after = changed(before, exercise)
+    assert report.syntax(ast.parse(after)) != report.syntax(ast.parse(before))
+    names = [experiment.__name__ for experiment in load_lesson(exercise.lesson).EXPERIMENTS]
+    assert parse(exercise.lesson, "", names, exercise.words).only
+    assert max(len(after.splitlines()) - len(before.splitlines()), 0) <= 2
+
+
+@pytest.mark.parametrize("exercise", ALL, ids=IDS)
+def test_the_run_behind_the_answer_is_of_the_code_as_it_stands(exercise):
+    name = f"{exercise.lesson[:2]} {exercise.number}"
+    text = kept_run(exercise).read_text(encoding="utf-8")
+    assert f"source {report.source_hash(exercise.lesson)}." in text, f"run: python -m common.exercises {name} --keep"
+    assert "10 seeds from 0" in text
+    assert exercise.question in text
+    for experiment in exercise.words[1:]:
+        assert f"\n## {experiment}\n" in text
+    assert f"(runs/{kept_run(exercise).name})" in page(exercise.lesson)
+
+
+def intervals(text: str) -> list[tuple[str, str, str]]:
+    return re.findall(r"([+-]?\d+\.?\d*)\s\[([+-]?\d+\.?\d*),\s([+-]?\d+\.?\d*)\]", text)
+
+
+def quotes(quoted: tuple[str, str, str], found: tuple[str, str, str]) -> bool:
+    """Whether an interval is another, rounded, or turned round: 7 points worse are -7 points."""
+    digits = len(quoted[0].partition(".")[2])
+    wanted = [float(each) for each in quoted]
+    mean, low, high = (float(each) for each in found)
+    ways = [(mean, low, high), (-mean, -high, -low)]
+    return any(all(abs(a - b) <= 0.5001 * 10**-digits for a, b in zip(wanted, way, strict=True)) for way in ways)
+
+
+@pytest.mark.parametrize("exercise", ALL, ids=IDS)
+def test_every_interval_in_an_answer_stands_in_its_run_or_in_the_reference_run(exercise):
+    answer = page(exercise.lesson).partition(f"## {exercise.number}. ")[2].partition("\n## ")[0]
+    reference = ROOT / "results" / exercise.lesson / "summary.md"
+    found = [each for path in (kept_run(exercise), reference) for each in intervals(path.read_text(encoding="utf-8"))]
+    for quoted in intervals(answer):
+        assert any(quotes(quoted, each) for each in found), quoted
+
+
+def test_a_wrong_quotation_is_noticed():
+    assert quotes(("7.0", "2.8", "11.2"), ("-7.0", "-11.2", "-2.8"))
+    assert quotes(("55", "50", "59"), ("+54.7", "+50.2", "+59.3"))
+    assert not quotes(("7.0", "2.8", "11.2"), ("7.1", "2.8", "11.2"))
+    assert intervals("worse by 7.0 [2.8,\n11.2] points") == [("7.0", "2.8", "11.2")]
+
+
+def test_a_diff_is_read_hunk_by_hunk():
+    assert hunks(" a\n-b\n+c\n d\n\n-    e") == [("a\nb\nd", "a\nc\nd"), ("    e", "")]
+
+
+def test_a_change_that_does_not_fit_is_one_clear_error():
+    exercise = Exercise("14_x", 1, "?", [("b", "c")], [])
+    assert changed("a\nb\nd\n", exercise) == "a\nc\nd\n"
+    assert changed("a\nb\nd\n", exercise._replace(changes=[("b", "")])) == "a\nd\n"
+    for text in ("a\nbb\n", "a\nb\nb\n", "a\nb\na\nb\n"):
+        with pytest.raises(LessonError, match="exercise 1: the script does not have this, once"):
+            changed(text, exercise)
+
+
+def test_an_exercise_is_run_from_the_command_line(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(exercises, "OUT", tmp_path)
+    assert pick("14", 3).lesson == LESSONS[0]
+    words = ["14", "3", "--quick", "--jobs", "1", "--only", "mechanism"]
+    assert main(words) == 0
+    folder = tmp_path / "14-3" / LESSONS[0]
+    first = (folder / "summary.md").read_text(encoding="utf-8").partition("Inverted and vanilla")[0]
+    assert "| p = 0.5, ours | 0.500 | 1.000 |" in first  # the change: survivors are not scaled
+    assert "| p = 0.5, nn.Dropout | 0.501 | 2.000 |" in first
+    capfd.readouterr()
+    assert main(["14", "9"]) == 2
+    assert capfd.readouterr().err == "error: there is no exercise 14 9; lessons: 14, 15, 16, 17, 18, 19\n"
+    assert main(["14", "1", "--only", "nothing"]) == 2
+
+
+def test_a_run_is_kept_without_its_figures(tmp_path, monkeypatch):
+    exercise = ALL[0]
+    folder = tmp_path / exercise.lesson
+    folder.mkdir()
+    (folder / "summary.md").write_text("# T\n\nData.\n\n## a\n\n![a](a.png)\n\n![b](b.png)\n\nEnd\n", encoding="utf-8")
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr(exercises, "FOLDER", tmp_path)
+    exercises.keep(exercise, tmp_path)
+    text = (tmp_path / "runs" / "14-1.md").read_text(encoding="utf-8")
+    assert text.startswith(f"# Exercise 1 of lesson 14: {exercise.question}\n\n## T\n\nData.\n\n## a\n\nEnd\n")
+    assert text.endswith(f"source {report.source_hash(exercise.lesson)}.\n")
