@@ -114,6 +114,15 @@ def test_an_exercise_is_run_from_the_command_line(tmp_path, monkeypatch, capfd):
     assert main(["14", "1", "--only", "nothing"]) == 2
 
 
+@pytest.mark.parametrize(("words", "code", "kept"), [([], 0, 0), (["--keep"], 0, 1), (["--keep"], 2, 0)])
+def test_only_a_whole_run_is_kept_and_only_when_asked(tmp_path, monkeypatch, words, code, kept):
+    calls = []
+    monkeypatch.setattr(exercises, "run", lambda exercise, more: (code, tmp_path))
+    monkeypatch.setattr(exercises, "keep", lambda *arguments: calls.append(arguments))
+    assert main(["14", "1", *words]) == code
+    assert calls == kept * [(ALL[0], tmp_path)]
+
+
 def test_a_run_is_kept_without_its_figures(tmp_path, monkeypatch):
     exercise = ALL[0]
     folder = tmp_path / exercise.lesson

@@ -161,6 +161,13 @@ def test_the_label_is_the_contrast(lesson17):
     assert lesson17.contrast_loss(Reader(), x, None) < 1e-2
 
 
+@pytest.mark.parametrize(("classes", "outputs"), [(3, 10), (10, 10), (12, 12)])
+def test_the_contrast_has_a_logit_for_each_factor_and_each_class(lesson17, classes, outputs):
+    net = lesson17.contrast_net(Task((1, 8, 8), classes), nn.BatchNorm2d)
+    assert net(torch.randn(4, 1, 8, 8)).shape == (4, outputs)
+    assert isinstance(net[1], nn.BatchNorm2d)
+
+
 def test_accuracy_under_changes(lesson17):
     split = make_split(load("digits"), 0, 100)
     model = lesson17.conv_net(TASK, lesson17.NORMS["group"])

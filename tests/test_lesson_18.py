@@ -1,3 +1,4 @@
+import json
 import math
 from dataclasses import replace
 from functools import partial
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import lr_scheduler
 
+from common import data
 from common.data import Task, load, make_split
 from common.experiment import AllDivergedError, SameProcess, compare
+from common.lab import Larger
 from common.training import Run, State, cross_entropy, evaluate, fit
 
 TASK = Task((1, 8, 8), 10)
@@ -449,3 +452,17 @@ def test_floors_rise_with_the_rate_and_fall_with_the_batch(lesson18):
     assert np.array(seen)[:, -1, :20] == pytest.approx(np.array(seen)[:, -2, :20], rel=1e-2)
     ratio = last[1, 0] / (theory * lesson18.FLOOR_RATES[0] / lesson18.FLOOR_BATCHES[1])
     assert 0.7 < ratio < 1.6
+
+
+def test_schedules_made_for_a_number_of_steps_follow_the_sizes_of_larger_sets(lesson18, tmp_path, monkeypatch):
+    """Twice the images and epochs: one-cycle must be made for four times the steps, or it would raise."""
+    monkeypatch.setattr(lesson18, "LARGER", Larger(examples=2, epochs=2, seeds=1))
+    monkeypatch.setattr(data, "load_torchvision", lambda name, folder: data.load_digits())
+    monkeypatch.setattr(data, "kept", {})
+    lesson18.main(["--dataset", "mnist", "--only", "traps", "--jobs", "1", "--out", str(tmp_path)])
+    record = json.loads((tmp_path / lesson18.LESSON / "results.json").read_text(encoding="utf-8"))
+    arms = record["experiments"]["traps"]["arms"]
+    for arm in ("right: cosine", "right: one-cycle"):
+        (run,) = arms[arm]["runs"]
+        assert run["history"]["epoch"][-1] == 20
+        assert run["history"]["learning_rate"][-1] < 1e-4
