@@ -118,6 +118,7 @@ def findings(record: Record, fashion: Record) -> str:
     lines = []
     for finding in FINDINGS[record["lesson"][:2]]:
         claims = supported(record, finding.rests_on)
+        supported(fashion, finding.on_clothes or {})
         lines.append(f"- **{finding.sentence}**")
         lines += [f"  - {on_both(claim, fashion)}" for claim in claims]
     return "\n".join(lines)
@@ -225,7 +226,7 @@ def totals(results: dict[str, Record]) -> str:
     """How many claims there are, and how many of them hold on the digits."""
     verdicts = [claim["verdict"] for record in results.values() for claim in record["claims"]]
     hold, fail, unclear = (verdicts.count(each) for each in (HOLDS, FAILS, UNCLEAR))
-    return f"Of {len(verdicts)} rules of thumb {hold} hold on the digits, {fail} do not, and {unclear} are unclear."
+    return f"Of {len(verdicts)} claims {hold} hold on the digits, {fail} do not, and {unclear} are unclear."
 
 
 def blocks(results: dict[str, Record], fashion: dict[str, Record]) -> dict[str, str]:

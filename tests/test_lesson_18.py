@@ -352,7 +352,7 @@ def test_the_optimisers_are_what_they_are_called(lesson18):
     }
     assert [made[name].defaults["momentum"] for name in ("SGD", "momentum", "Nesterov")] == [0, 0.9, 0.9]
     assert made["Nesterov"].defaults["nesterov"]
-    assert math.log10(lesson18.DECADES[-1] / lesson18.DECADES[0]) == pytest.approx(5)
+    assert math.log10(lesson18.TRIED[-1] / lesson18.TRIED[0]) == pytest.approx(4)
 
 
 def test_the_traps_apply_what_they_say(lesson18):

@@ -1,5 +1,6 @@
 """Every lesson as a reader runs it: a process of its own, from another folder, through to its files."""
 
+import ast
 import json
 import os
 import re
@@ -181,3 +182,20 @@ def test_a_kernels_own_arguments_are_not_the_lessons(lesson, monkeypatch, capsys
         load_lesson(lesson).main()
     assert stopped.value.code == 2
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_no_constant_is_set_twice(lesson):
+    """A second assignment further down would change the experiments above it without a word."""
+    names = []
+    for node in ast.parse((ROOT / f"{lesson}.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names += [
+                each.id
+                for target in targets
+                for each in ast.walk(target)
+                if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)
+            ]
+    assert names
+    assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})
