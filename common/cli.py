@@ -143,11 +143,13 @@ def run_lesson(
     out = options.out.expanduser() / lesson
     settings = Settings(lesson, title, options.dataset, seeds, options.device, jobs, options.quick, out, larger)
     finished: list[str] = []
+    before = signal.getsignal(signal.SIGTERM)
     try:
         prepare_folder(out)
-        if not in_notebook():
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers are ended too
         with workers(jobs, options.dataset, options.data_dir.expanduser()) as executor:
+            if not in_notebook():
+                # so that the workers are ended, too; not earlier, since one that inherits this can lose a SIGTERM
+                signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
             lab = Lab(settings, names, console, executor)
             console.print(
                 f"{title}\n{options.dataset}, seeds {seeds[0]}–{seeds[-1]}, {options.device}, {jobs} at a time\n"
@@ -164,6 +166,9 @@ def run_lesson(
         fail(1, "a worker process was killed (out of memory?); try --jobs 1")
     except OSError as error:
         fail(1, f"{error.filename or out}: {error.strerror}")
+    finally:
+        if not in_notebook():
+            signal.signal(signal.SIGTERM, before)
 
 
 def fail(code: int, message: str) -> NoReturn:

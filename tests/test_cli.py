@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 from conftest import ROOT
 from recipes import DIVERGES, SMALL
 
-from common import data, report
+from common import cli, data, report
 from common.cli import available_cores, choose_device, choose_jobs, run_lesson
 from common.data import Dataset, LessonError
+from common.experiment import workers
 from common.lab import Lab, Larger
 from common.plotting import new_figure, plot_curves
 from common.statistics import above
@@ -200,6 +202,27 @@ def test_a_broken_results_file_is_set_aside_too(run):
     assert code == 0
     assert list(read(folder)["experiments"]) == ["second"]
     assert (folder / "previous-1" / "results.json").read_text() == '{"half'
+
+
+def test_workers_start_with_the_usual_sigterm_and_it_is_put_back(run, monkeypatch):
+    """A forked worker that inherits a handler of Python's may lose the SIGTERM that is to end it, and hang."""
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def noting(*arguments):
+        seen.append(signal.getsignal(signal.SIGTERM))
+        return workers(*arguments)
+
+    def look(lab: Lab) -> None:
+        """Who listens now?"""
+        seen.append(signal.getsignal(signal.SIGTERM))
+        lab.table(report.Table("A", ["a"], [["b"]]))
+
+    monkeypatch.setattr(cli, "workers", noting)
+    monkeypatch.setitem(globals(), "EXPERIMENTS", [look])
+    assert run("--jobs", "2", "--seeds", "1")[0] == 0
+    assert seen[0] == before
+    assert seen[1] != before
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_file_of_ones_own_that_is_not_there_is_one_line(run):
