@@ -78,7 +78,8 @@ class Finding(NamedTuple):
 FINDINGS = {
     "14": [
         Finding(
-            "Dropout pays where there is something wrong to learn by heart. With right labels little is left of it.",
+            "Dropout pays where there is something wrong to learn by heart. With 800 right labels no gain is left to "
+            "see.",
             {"It gains more where labels are wrong": HOLDS, "It still helps with 800 clean images": UNCLEAR},
         ),
         Finding(
@@ -86,7 +87,7 @@ FINDINGS = {
             {"Shallow: p from 0.1 to 0.2 beats any other": FAILS, "Shallow: raising p from 0.2 to 0.5 helps": HOLDS},
         ),
         Finding(
-            "A forgotten `model.eval()` raises no error and costs more than dropout gains.",
+            "A forgotten `model.eval()` raises no error and can cost as much as dropout gains.",
             {"Evaluating in training mode costs accuracy": HOLDS, "Add dropout: better generalisation": HOLDS},
         ),
     ],
@@ -212,11 +213,13 @@ CHEAT_SHEET = [
     Advice(
         "dropout p",
         "0.1 to 0.2 in shallow networks, 0.3 to 0.5 in deep ones",
-        "0.5 on the hidden layers of a network that is large enough to learn mistakes by heart, then try more; none in "
-        "a small network, none on the output; not 0.5 in every block of a network with batch norm (0.2 was no worse)",
+        "0.5 in a shallow network that is large enough to learn mistakes by heart, then try more; 0.3 to 0.5 in a deep "
+        "one; none in a very small network with few steps, none on the output; not 0.5 in every block of a network "
+        "with batch norm (0.2 was no worse)",
         {
             "14": {
                 "Shallow: p from 0.1 to 0.2 beats any other": FAILS,
+                "Deep: p from 0.3 to 0.5 beats any other": HOLDS,
                 "Add dropout: better generalisation": HOLDS,
                 "A network too small to overfit": HOLDS,
                 "Dropout on the output layer, too, raises the loss": HOLDS,
@@ -232,7 +235,7 @@ CHEAT_SHEET = [
         "weight decay",
         "start at 1e-5 to 1e-4; 0.1 is large",
         "choose it by decades, with AdamW as far as 10, because PyTorch multiplies it by the learning rate; 1e-4 does "
-        "nothing here. With other regularisers less is enough",
+        "nothing here. With two other regularisers less is enough",
         {
             "15": {
                 "Small weight decay, 1e-4, a default start: it helps": FAILS,
@@ -246,8 +249,8 @@ CHEAT_SHEET = [
         "learning rate",
         "1e-3 for Adam, 0.1 for SGD",
         "a grid by half decades for each network, optimiser and budget, before anything else: a better rate may be "
-        "worth as much as a regulariser. 1e-3 can be far too low for Adam in a run of 40 steps; with batch norm try "
-        "higher rates, too",
+        "worth as much as a regulariser. 1e-3 was far too low for Adam in 40 steps with right labels (lesson 18) and "
+        "the best with wrong ones (lesson 15): search, do not inherit. With batch norm try higher rates, too",
         {
             "15": {"The best technique beats a mere lowering of the rate": UNCLEAR},
             "16": {"It can use higher learning rates, by half a decade": HOLDS},
@@ -259,7 +262,7 @@ CHEAT_SHEET = [
         "batch size",
         "large batches for batch norm",
         "for the noise of SGD what counts is rate over batch size: half the batch is as noisy as twice the rate. With "
-        "batch norm over vectors not 2; groups of ten may regularise more than groups of a hundred",
+        "batch norm over vectors not 2; groups of ten may regularise more than groups of a hundred (on digits they do)",
         {
             "16": {
                 "Smaller groups regularise more: 10 beats 100": HOLDS,
@@ -329,7 +332,7 @@ CHEAT_SHEET = [
     Advice(
         "all together",
         "dropout + L2 + batch norm + a schedule",
-        "add one at a time, and choose all strengths anew: together they need less, and gains overlap",
+        "add one at a time, and choose all strengths anew: three together need less, and gains overlap",
         {
             "15": {
                 "Decay, dropout and augmentation together beat the best": UNCLEAR,
