@@ -27,13 +27,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.cli import run_lesson
+from common.first.cli import run_lesson
 from common.data import Batch, Split, Task
-from common.lab import Lab, Larger
-from common.plotting import BASELINE as BLACK
-from common.plotting import COLOURS, colours, new_figure, plot_curves, plot_estimates, plot_reliability, shared_legend
-from common.report import Table, interval, number
-from common.statistics import (
+from common.first.lab import Lab, Larger
+from common.first.plotting import BASELINE as BLACK
+from common.first.plotting import (
+    COLOURS,
+    colours,
+    new_figure,
+    plot_curves,
+    plot_estimates,
+    plot_reliability,
+    shared_legend,
+)
+from common.first.report import Table, interval, number
+from common.first.statistics import (
     above,
     below,
     calibration_error,
@@ -44,7 +52,7 @@ from common.statistics import (
     reliability,
     within,
 )
-from common.training import Recipe, evaluate
+from common.first.training import Recipe, evaluate
 
 LESSON = "14_dropout_regularization"
 TITLE = "Lesson 14: Dropout"

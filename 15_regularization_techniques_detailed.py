@@ -35,12 +35,12 @@ from torch.distributions import Beta
 from torch.nn.utils import parameters_to_vector
 from torch.optim import Optimizer
 
-from common.cli import run_lesson
+from common.first.cli import run_lesson
 from common.data import Batch, Dataset, Split, Task, load, make_split, minibatches
-from common.experiment import Comparison
-from common.lab import Lab, Larger
-from common.plotting import BASELINE as BLACK
-from common.plotting import (
+from common.first.experiment import Comparison
+from common.first.lab import Lab, Larger
+from common.first.plotting import BASELINE as BLACK
+from common.first.plotting import (
     COLOURS,
     log_ticks,
     new_figure,
@@ -50,8 +50,8 @@ from common.plotting import (
     plot_grid,
     shared_legend,
 )
-from common.report import Table, interval, loss, number, signed
-from common.statistics import (
+from common.first.report import Table, interval, loss, number, signed
+from common.first.statistics import (
     above,
     below,
     calibration_error,
@@ -61,7 +61,7 @@ from common.statistics import (
     points,
     reliability,
 )
-from common.training import Recipe, State, cross_entropy, evaluate
+from common.first.training import Recipe, State, cross_entropy, evaluate
 
 LESSON = "15_regularization_techniques_detailed"
 TITLE = "Lesson 15: Regularisation techniques, compared fairly"

@@ -33,12 +33,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from common.cli import run_lesson
+from common.first.cli import run_lesson
 from common.data import Batch, Split, Task, load, make_split
-from common.experiment import Comparison
-from common.lab import Lab, Larger
-from common.plotting import BASELINE as BLACK
-from common.plotting import (
+from common.first.experiment import Comparison
+from common.first.lab import Lab, Larger
+from common.first.plotting import BASELINE as BLACK
+from common.first.plotting import (
     COLOURS,
     colours,
     log_ticks,
@@ -48,9 +48,19 @@ from common.plotting import (
     plot_estimates,
     shared_legend,
 )
-from common.report import Table, interval, number
-from common.statistics import Estimate, above, below, estimate, estimates, paired_difference, points, proportion, within
-from common.training import Recipe, State, cross_entropy, evaluate, totals
+from common.first.report import Table, interval, number
+from common.first.statistics import (
+    Estimate,
+    above,
+    below,
+    estimate,
+    estimates,
+    paired_difference,
+    points,
+    proportion,
+    within,
+)
+from common.first.training import Recipe, State, cross_entropy, evaluate, totals
 
 LESSON = "16_batch_normalization"
 TITLE = "Lesson 16: Batch normalisation"

@@ -31,14 +31,14 @@ import torch.nn.functional as F
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
-from common.cli import run_lesson
+from common.first.cli import run_lesson
 from common.data import Split, Task
-from common.experiment import Comparison
-from common.lab import Lab, Larger
-from common.plotting import BASELINE as BLACK
-from common.plotting import COLOURS, colours, log_ticks, new_figure, plot_dots, plot_estimates, shared_legend
-from common.report import Table, interval, number
-from common.statistics import (
+from common.first.experiment import Comparison
+from common.first.lab import Lab, Larger
+from common.first.plotting import BASELINE as BLACK
+from common.first.plotting import COLOURS, colours, log_ticks, new_figure, plot_dots, plot_estimates, shared_legend
+from common.first.report import Table, interval, number
+from common.first.statistics import (
     FAILS,
     HOLDS,
     UNCLEAR,
@@ -52,7 +52,7 @@ from common.statistics import (
     points,
     within,
 )
-from common.training import Recipe, evaluate
+from common.first.training import Recipe, evaluate
 
 LESSON = "17_batch_normalization_detailed"
 TITLE = "Lesson 17: Batch normalisation's relatives"

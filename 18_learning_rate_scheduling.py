@@ -38,12 +38,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
-from common.cli import run_lesson
+from common.first.cli import run_lesson
 from common.data import Split, Task, derive, load, make_split, minibatches
-from common.experiment import AllDivergedError, Comparison, Tuning, tuning_seeds
-from common.lab import Lab, Larger
-from common.plotting import BASELINE as BLACK
-from common.plotting import (
+from common.first.experiment import AllDivergedError, Comparison, Tuning, tuning_seeds
+from common.first.lab import Lab, Larger
+from common.first.plotting import BASELINE as BLACK
+from common.first.plotting import (
     COLOURS,
     colours,
     log_ticks,
@@ -54,9 +54,19 @@ from common.plotting import (
     plot_history,
     shared_legend,
 )
-from common.report import Table, interval, number
-from common.statistics import Range, above, below, estimate, estimates, paired_difference, points, proportion, within
-from common.training import Recipe, State, cross_entropy, evaluate
+from common.first.report import Table, interval, number
+from common.first.statistics import (
+    Range,
+    above,
+    below,
+    estimate,
+    estimates,
+    paired_difference,
+    points,
+    proportion,
+    within,
+)
+from common.first.training import Recipe, State, cross_entropy, evaluate
 
 LESSON = "18_learning_rate_scheduling"
 TITLE = "Lesson 18: Learning-rate scheduling"

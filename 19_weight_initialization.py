@@ -33,12 +33,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.cli import run_lesson
+from common.first.cli import run_lesson
 from common.data import Batch, Split, Task, load, make_split
-from common.experiment import Comparison, tuning_seeds
-from common.lab import Lab, Larger
-from common.plotting import BASELINE as BLACK
-from common.plotting import (
+from common.first.experiment import Comparison, tuning_seeds
+from common.first.lab import Lab, Larger
+from common.first.plotting import BASELINE as BLACK
+from common.first.plotting import (
     COLOURS,
     colours,
     heat_map,
@@ -49,8 +49,8 @@ from common.plotting import (
     plot_history,
     shared_legend,
 )
-from common.report import Table, number, signed
-from common.statistics import (
+from common.first.report import Table, number, signed
+from common.first.statistics import (
     Estimate,
     Range,
     above,
@@ -62,7 +62,7 @@ from common.statistics import (
     proportion,
     within,
 )
-from common.training import Recipe, State, cross_entropy, evaluate
+from common.first.training import Recipe, State, cross_entropy, evaluate
 
 LESSON = "19_weight_initialization"
 TITLE = "Lesson 19: Weight initialisation"

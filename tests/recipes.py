@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from common.data import Task
-from common.training import Recipe
+from common.first.training import Recipe
 
 
 def linear(task: Task) -> nn.Module:

@@ -14,13 +14,14 @@ import torch
 from conftest import ROOT
 from recipes import DIVERGES, SMALL
 
-from common import cli, data, report
-from common.cli import available_cores, choose_device, choose_jobs, run_lesson
+from common import data
 from common.data import Dataset, LessonError
-from common.experiment import workers
-from common.lab import Lab, Larger
-from common.plotting import new_figure, plot_curves
-from common.statistics import above
+from common.first import cli, report
+from common.first.cli import available_cores, choose_device, choose_jobs, run_lesson
+from common.first.experiment import workers
+from common.first.lab import Lab, Larger
+from common.first.plotting import new_figure, plot_curves
+from common.first.statistics import above
 
 
 def first(lab: Lab) -> None:
@@ -181,7 +182,7 @@ def test_a_figure_without_results_is_no_earlier_run(run):
 
 def test_in_a_notebook_no_earlier_run_is_continued(run, monkeypatch):
     run("--seeds", "1", "--only", "first", "--jobs", "1")
-    monkeypatch.setattr("common.lab.in_notebook", lambda: True)
+    monkeypatch.setattr("common.first.lab.in_notebook", lambda: True)
     *_, folder = run("--seeds", "1", "--only", "second", "--jobs", "1")
     assert list(read(folder)["experiments"]) == ["second"]
     assert list(read(folder / "previous-1")["experiments"]) == ["first"]
@@ -330,7 +331,7 @@ def test_jobs_by_device_and_place(monkeypatch):
     assert choose_jobs(None, "cpu") == available_cores()
     assert choose_jobs(5, "cpu") == 5
     assert choose_jobs(5, "cuda") == 1
-    monkeypatch.setattr("common.cli.in_notebook", lambda: True)
+    monkeypatch.setattr("common.first.cli.in_notebook", lambda: True)
     monkeypatch.setattr("sys.platform", "darwin")
     assert choose_jobs(5, "cpu") == 1
 

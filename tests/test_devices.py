@@ -13,9 +13,9 @@ from recipes import SMALL
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import experiment
 from common.data import Batch, Split, load
-from common.training import Recipe, State, cross_entropy, fit, off_device, train_step
+from common.first import experiment
+from common.first.training import Recipe, State, cross_entropy, fit, off_device, train_step
 
 STEPS = 4  # the first steps at which every hook that looks at some steps only has looked
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from conftest import LESSONS, ROOT, load_lesson
 
-from common import exercises, report
-from common.cli import parse
 from common.data import LessonError
-from common.exercises import Exercise, changed, hunks, main, pick
+from common.first import report
+from common.first.cli import parse
+from exercises import repeat as exercises
+from exercises.repeat import Exercise, changed, hunks, main, pick
 
 ALL = [each for lesson in LESSONS for each in exercises.exercises(lesson)]
 IDS = [f"{each.lesson[:2]}-{each.number}" for each in ALL]
@@ -49,7 +50,7 @@ def test_the_change_fits_the_script_and_the_command_runs_what_there_is(exercise)
 def test_the_run_behind_the_answer_is_of_the_code_as_it_stands(exercise):
     name = f"{exercise.lesson[:2]} {exercise.number}"
     text = kept_run(exercise).read_text(encoding="utf-8")
-    assert f"source {report.source_hash(exercise.lesson)}." in text, f"run: python -m common.exercises {name} --keep"
+    assert f"source {report.source_hash(exercise.lesson)}." in text, f"run: python -m exercises.repeat {name} --keep"
     assert "10 seeds from 0" in text
     assert exercise.question in text
     for experiment in exercise.words[1:]:

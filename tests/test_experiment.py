@@ -11,7 +11,7 @@ import torch
 from recipes import DIVERGES, SMALL, noisy
 
 from common.data import LessonError
-from common.experiment import (
+from common.first.experiment import (
     AllDivergedError,
     Comparison,
     SameProcess,
@@ -21,7 +21,7 @@ from common.experiment import (
     what_varies,
     workers,
 )
-from common.training import Run
+from common.first.training import Run
 
 ARMS = {"plain": SMALL, "noisy": replace(SMALL, model=noisy)}
 SEEDS = [0, 1, 2]

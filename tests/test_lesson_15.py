@@ -15,8 +15,8 @@ from conftest import ROOT, load_lesson
 from torch import nn
 
 from common.data import Task, load, make_split
-from common.experiment import Comparison, what_varies
-from common.training import State, cross_entropy, fit
+from common.first.experiment import Comparison, what_varies
+from common.first.training import State, cross_entropy, fit
 
 TASK = Task((1, 8, 8), 10)
 SGD, ADAM = partial(torch.optim.SGD, lr=0.1), partial(torch.optim.Adam, lr=0.01)

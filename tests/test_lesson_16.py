@@ -11,8 +11,8 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from common.data import Batch, Task, load, make_split
-from common.experiment import Comparison
-from common.training import Run, State, cross_entropy, evaluate, fit
+from common.first.experiment import Comparison
+from common.first.training import Run, State, cross_entropy, evaluate, fit
 
 TASK = Task((1, 8, 8), 10)
 SHAPES = {"vectors": (12, 5), "images": (6, 5, 4, 3)}

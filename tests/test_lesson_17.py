@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.data import Task, load, make_split
-from common.statistics import FAILS, HOLDS, UNCLEAR
-from common.training import evaluate
+from common.first.statistics import FAILS, HOLDS, UNCLEAR
+from common.first.training import evaluate
 
 TASK = Task((1, 8, 8), 10)
 SHAPE = (5, 6, 4, 3)
@@ -311,7 +311,7 @@ def test_milliseconds_measures_both_passes(lesson17):
 
 def test_every_advice_has_its_claims(lesson17):
     """Each beginning in ADVICES is that of a claim of the reference run, and the table counts verdicts."""
-    from common.readme import load_results
+    from docs.readme import load_results
 
     claims = load_results()["17_batch_normalization_detailed"]["claims"]
     for words in lesson17.ADVICES.values():

@@ -13,9 +13,9 @@ from torch.optim import lr_scheduler
 
 from common import data
 from common.data import Task, load, make_split
-from common.experiment import AllDivergedError, SameProcess, compare
-from common.lab import Larger
-from common.training import Run, State, cross_entropy, evaluate, fit
+from common.first.experiment import AllDivergedError, SameProcess, compare
+from common.first.lab import Larger
+from common.first.training import Run, State, cross_entropy, evaluate, fit
 
 TASK = Task((1, 8, 8), 10)
 
@@ -94,7 +94,7 @@ def test_the_momentum_is_noted_beside_the_rate(lesson18):
 
 
 def test_the_table_of_shapes_shows_first_quarters_and_last(lesson18):
-    from common.readme import load_results
+    from docs.readme import load_results
 
     table = load_results()["18_learning_rate_scheduling"]["experiments"]["shapes"]["table"][0]
     rows = {row[0]: row[1:] for row in table["rows"]}

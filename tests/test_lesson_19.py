@@ -11,8 +11,8 @@ from scipy.stats import truncnorm
 from torch import nn
 
 from common.data import Task, load, make_split
-from common.experiment import Comparison, SameProcess, Tuning, compare
-from common.training import Run, cross_entropy, evaluate, fit
+from common.first.experiment import Comparison, SameProcess, Tuning, compare
+from common.first.training import Run, cross_entropy, evaluate, fit
 
 TASK = Task((1, 8, 8), 10)
 SHAPES = [(50, 200), (200, 50), (64, 64), (32, 16, 3, 3), (16, 3, 5, 5)]
@@ -562,7 +562,7 @@ def test_best_and_worst_are_chosen_on_validation(lesson19):
 
 
 def test_each_relief_changes_one_thing(lesson19):
-    from common.experiment import what_varies
+    from common.first.experiment import what_varies
 
     for name, recipe in lesson19.RELIEF.items():
         varies, _ = what_varies([lesson19.RELIEF["plain"], recipe])
@@ -942,7 +942,7 @@ SHARES = {
 
 
 def test_the_reference_runs_claims_are_about_the_arms_they_name():
-    from common.readme import load_results
+    from docs.readme import load_results
 
     record = load_results()["19_weight_initialization"]
     claims = {claim["statement"]: claim for claim in record["claims"]}
@@ -972,7 +972,7 @@ def test_the_reference_runs_claims_are_about_the_arms_they_name():
 
 
 def test_the_reference_run_found_no_difference_to_torch():
-    from common.readme import load_results
+    from docs.readme import load_results
 
     table = load_results()["19_weight_initialization"]["experiments"]["formulas"]["table"][0]
     assert len(table["rows"]) == 10

@@ -168,7 +168,7 @@ def test_runs_as_a_notebook_from_top_to_bottom(lesson, tmp_path):
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_a_kernels_own_arguments_are_not_the_lessons(lesson, monkeypatch, capsys):
     """With no arguments given inside a kernel, the command line is not read."""
-    from common import cli
+    from common.first import cli
 
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     monkeypatch.setattr(cli, "in_notebook", lambda: True)

@@ -10,9 +10,9 @@ from PIL import Image
 from recipes import DIVERGES, SMALL, noisy
 from rich.console import Console
 
-from common import report
-from common.experiment import Comparison, SameProcess, Tuning, compare
-from common.plotting import (
+from common.first import report
+from common.first.experiment import Comparison, SameProcess, Tuning, compare
+from common.first.plotting import (
     BASELINE,
     colours,
     heat_map,
@@ -25,9 +25,9 @@ from common.plotting import (
     plot_reliability,
     shared_legend,
 )
-from common.report import Table
-from common.statistics import NOT_JUDGED, Claim, Estimate, above
-from common.training import Run
+from common.first.report import Table
+from common.first.statistics import NOT_JUDGED, Claim, Estimate, above
+from common.first.training import Run
 
 LONG_NAME = "an arm with a rather long name"
 
@@ -170,9 +170,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_source_hash_sees_code_and_not_words(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(report, "DECIDES_NUMBERS", ["training"])
-    (tmp_path / "common").mkdir()
-    (tmp_path / "common" / "training.py").write_text('"""Doc."""\nEPOCHS = 3\n')
+    monkeypatch.setattr(report, "DECIDES_NUMBERS", ["first/training"])
+    (tmp_path / "common" / "first").mkdir(parents=True)
+    (tmp_path / "common" / "first" / "training.py").write_text('"""Doc."""\nEPOCHS = 3\n')
     (tmp_path / "lesson.py").write_text('def f():\n    """Doc."""\n    return 0.1  # why\n')
     before = report.source_hash("lesson")
     (tmp_path / "lesson.py").write_text('# %% other words\ndef f():\n    """Other words."""\n\n    return 0.1\n')
@@ -180,7 +180,7 @@ def test_source_hash_sees_code_and_not_words(tmp_path, monkeypatch):
     (tmp_path / "lesson.py").write_text("def f():\n    return 0.2\n")
     changed = report.source_hash("lesson")
     assert changed != before
-    (tmp_path / "common" / "training.py").write_text("EPOCHS = 4\n")
+    (tmp_path / "common" / "first" / "training.py").write_text("EPOCHS = 4\n")
     assert report.source_hash("lesson") != changed
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from common.statistics import (
+from common.first.statistics import (
     FAILS,
     HOLDS,
     UNCLEAR,

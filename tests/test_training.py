@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, LinearLR
 
 from common.data import Batch, load, make_split
-from common.training import State, evaluate, fit, seed_torch, split_for
+from common.first.training import State, evaluate, fit, seed_torch, split_for
 
 seen: list = []
 

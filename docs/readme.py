@@ -1,6 +1,6 @@
-"""Fill the parts of the README that quote results/, from results/: `python -m common.readme`.
+"""Fill the parts of the README that quote results/, from results/: `python -m docs.readme`.
 
-What is chosen by hand is in common/editorial.py. A sentence there names the verdicts that it needs; when a new
+What is chosen by hand is in docs/editorial.py. A sentence there names the verdicts that it needs; when a new
 reference run overturns one, this refuses to write, and the sentence must go.
 """
 
@@ -13,9 +13,9 @@ from typing import Any
 
 from rich.console import Console
 
-from common.editorial import CHEAT_SHEET, CRITICAL, FINDINGS, LESSONS
-from common.report import ROOT, Table, measured, print_table
-from common.statistics import FAILS, HOLDS, UNCLEAR
+from common.first.report import ROOT, Table, measured, print_table
+from common.first.statistics import FAILS, HOLDS, UNCLEAR
+from docs.editorial import CHEAT_SHEET, CRITICAL, FINDINGS, LESSONS
 
 FASHION = "fashion-mnist"
 Record = dict[str, Any]  # a results.json

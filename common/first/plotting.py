@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from common.experiment import Comparison, Tuning
-from common.statistics import Estimate, estimates
+from common.first.experiment import Comparison, Tuning
+from common.first.statistics import Estimate, estimates
 
 BASELINE = "black"
 # Okabe & Ito's colour-blind-safe palette without its yellow, too pale for a line; a purple and a grey added

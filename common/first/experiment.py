@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from common.data import FOLDER, LessonError, load
-from common.statistics import Estimate, estimate, paired_difference, points
-from common.training import Recipe, Run, fit
+from common.first.statistics import Estimate, estimate, paired_difference, points
+from common.first.training import Recipe, Run, fit
 
 
 class AllDivergedError(LessonError):

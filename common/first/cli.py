@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 
 from common.data import DATASETS, FOLDER, LessonError
-from common.experiment import workers
-from common.lab import Lab, Larger, Settings, in_notebook, question_of
+from common.first.experiment import workers
+from common.first.lab import Lab, Larger, Settings, in_notebook, question_of
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 QUICK_SEEDS = 2
 
 

@@ -1,12 +1,12 @@
 """What the README says that rests on verdicts, chosen and written by hand: headlines, findings, advice.
 
-A claim is named by the beginning of its statement. common/readme.py looks each up in results/, quotes what was
+A claim is named by the beginning of its statement. docs/readme.py looks each up in results/, quotes what was
 measured, and refuses a sentence whose verdict has turned.
 """
 
 from typing import NamedTuple
 
-from common.statistics import FAILS, HOLDS, UNCLEAR
+from common.first.statistics import FAILS, HOLDS, UNCLEAR
 
 
 class Lesson(NamedTuple):

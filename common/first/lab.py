@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.rule import Rule
 
-from common import report
+from common.first import report
 from common.data import LessonError
-from common.experiment import AllDivergedError, Comparison, Tuning, compare, tuning_seeds, what_varies
-from common.statistics import NOT_JUDGED, Claim, Estimate, Range, judge
-from common.training import Recipe
+from common.first.experiment import AllDivergedError, Comparison, Tuning, compare, tuning_seeds, what_varies
+from common.first.statistics import NOT_JUDGED, Claim, Estimate, Range, judge
+from common.first.training import Recipe
 
 QUICK_EPOCHS = 1
 TUNING_SEEDS = 4

@@ -14,11 +14,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from common.experiment import Comparison, Tuning
-from common.statistics import FAILS, HOLDS, NOT_JUDGED, UNCLEAR, Claim, Estimate
+from common.first.experiment import Comparison, Tuning
+from common.first.statistics import FAILS, HOLDS, NOT_JUDGED, UNCLEAR, Claim, Estimate
 
-ROOT = Path(__file__).resolve().parent.parent
-DECIDES_NUMBERS = ["data", "training", "experiment", "statistics"]
+ROOT = Path(__file__).resolve().parents[2]
+DECIDES_NUMBERS = ["data", "first/training", "first/experiment", "first/statistics"]
 
 
 class Table(NamedTuple):
@@ -310,9 +310,13 @@ def is_text(node: Any) -> bool:
 
 
 def source_hash(lesson: str) -> str:
-    """sha256 over the code that decides the lesson's numbers: comments, docstrings and plotting's looks leave it be."""
+    """sha256 over the code that decides the lesson's numbers: comments, docstrings and plotting's looks leave it be.
+
+    The move of these modules to common/first leaves it be, too.
+    """
     files = [ROOT / f"{lesson}.py", *(ROOT / "common" / f"{name}.py" for name in DECIDES_NUMBERS)]
-    trees = [syntax(ast.parse(file.read_text(encoding="utf-8"))) for file in files]
+    texts = [file.read_text(encoding="utf-8").replace("common.first.", "common.") for file in files]
+    trees = [syntax(ast.parse(text)) for text in texts]
     return hashlib.sha256(json.dumps(trees).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Repeat the run behind the answer to an exercise: `python -m common.exercises 14 1`."""
+"""Repeat the run behind the answer to an exercise: `python -m exercises.repeat 14 1`."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.data import LessonError
-from common.report import ROOT, source_hash, write_whole
+from common.first.report import ROOT, source_hash, write_whole
 
 FOLDER = ROOT / "exercises"
 OUT = ROOT / "outputs" / "exercises"
@@ -89,7 +89,7 @@ def keep(exercise: Exercise, folder: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Read the command line and run. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m common.exercises", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m exercises.repeat", description=__doc__)
     parser.add_argument("lesson", help="14 to 19")
     parser.add_argument("number", type=int, help="the exercise's number")
     parser.add_argument("--keep", action="store_true", help="file the summary in exercises/runs, for the answer")

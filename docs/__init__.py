@@ -1,0 +1,1 @@
+"""Builds what readers read from results/: so far the README."""
