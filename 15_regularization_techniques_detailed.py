@@ -36,7 +36,7 @@ from torch.nn.utils import parameters_to_vector
 from torch.optim import Optimizer
 
 from common.first.cli import run_lesson
-from common.data import Batch, Dataset, Split, Task, load, make_split, minibatches
+from common.first.data import Batch, Dataset, Split, Task, load, make_split, minibatches
 from common.first.experiment import Comparison
 from common.first.lab import Lab, Larger
 from common.first.plotting import BASELINE as BLACK

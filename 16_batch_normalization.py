@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from common.first.cli import run_lesson
-from common.data import Batch, Split, Task, load, make_split
+from common.first.data import Batch, Split, Task, load, make_split
 from common.first.experiment import Comparison
 from common.first.lab import Lab, Larger
 from common.first.plotting import BASELINE as BLACK

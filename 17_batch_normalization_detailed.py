@@ -32,7 +32,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from common.first.cli import run_lesson
-from common.data import Split, Task
+from common.first.data import Split, Task
 from common.first.experiment import Comparison
 from common.first.lab import Lab, Larger
 from common.first.plotting import BASELINE as BLACK

@@ -39,7 +39,7 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from common.first.cli import run_lesson
-from common.data import Split, Task, derive, load, make_split, minibatches
+from common.first.data import Split, Task, derive, load, make_split, minibatches
 from common.first.experiment import AllDivergedError, Comparison, Tuning, tuning_seeds
 from common.first.lab import Lab, Larger
 from common.first.plotting import BASELINE as BLACK

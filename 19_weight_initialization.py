@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.first.cli import run_lesson
-from common.data import Batch, Split, Task, load, make_split
+from common.first.data import Batch, Split, Task, load, make_split
 from common.first.experiment import Comparison, tuning_seeds
 from common.first.lab import Lab, Larger
 from common.first.plotting import BASELINE as BLACK

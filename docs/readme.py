@@ -8,14 +8,18 @@ import io
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from common.first.report import ROOT, Table, measured, print_table
-from common.first.statistics import FAILS, HOLDS, UNCLEAR
+from common import report
+from common.first.report import Table, print_table
+from common.first.report import measured as measured_before
+from common.statistics import FAILS, HOLDS, UNCLEAR
 from docs.editorial import CHEAT_SHEET, CRITICAL, FINDINGS, LESSONS
+from docs.record import ROOT
 
 FASHION = "fashion-mnist"
 Record = dict[str, Any]  # a results.json
@@ -24,8 +28,23 @@ Record = dict[str, Any]  # a results.json
 def load_results(root: Path = ROOT, dataset: str = "digits") -> dict[str, Record]:
     """The committed reference run of every lesson on a data set, by lesson; digits' are in `results/` itself."""
     folder = root / "results" / ("" if dataset == "digits" else dataset)
-    paths = sorted(folder.glob("[0-9][0-9]_*/results.json"))
-    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    found = {}
+    for path in sorted(folder.glob("[0-9][0-9]_*/results.json")):
+        record = found[path.parent.name] = json.loads(path.read_text(encoding="utf-8"))
+        for claim in record["claims"]:  # the first edition said "holds here"
+            claim["verdict"] = claim["verdict"].removesuffix(" here")
+            claim["second"] = not is_first_edition(record)
+    return found
+
+
+def is_first_edition(record: Record) -> bool:
+    """Whether a record was made by the first edition's laboratory."""
+    return "cpu" in record["environment"]
+
+
+def measured(claim: Record) -> str:
+    """A claim's effect with its interval and unit, as its own edition writes it."""
+    return report.measured(claim) if claim.get("second") else measured_before(claim)
 
 
 def reference(record: Record) -> str:
@@ -33,15 +52,20 @@ def reference(record: Record) -> str:
     settings, machine = record["settings"], record["environment"]
     seeds = f"seeds {settings['seeds'][0]} to {settings['seeds'][-1]}"
     versions = f"Python {machine['python']}, PyTorch {machine['torch']}"
+    computer = machine["cpu"] if is_first_edition(record) else machine["machine"]
+    larger = settings.get("larger", 1)
+    size = f", training sets {larger} times as large" if larger != 1 and not is_first_edition(record) else ""
     return (
-        f"The reference run: {settings['dataset']}, {seeds}, {record['seconds']:.0f} s after start-up on "
-        f"{machine['cpu']}, {settings['jobs']} runs at a time, {versions}."
+        f"The reference run: {settings['dataset']}{size}, {seeds}, {record['seconds']:.0f} s after start-up on "
+        f"{computer}, {versions}."
     )
 
 
 def excerpt(record: Record, name: str) -> str:
     """What the terminal shows of one experiment: its question, tables and findings, 80 columns wide."""
     entry, stream = record["experiments"][name], io.StringIO()
+    if not is_first_edition(record):
+        return f"```text\n{textwrap.fill(entry['question'], 80)}\n{entry['printed'].strip()}\n```"
     console = Console(file=stream, width=80)
     console.print(entry["question"], f"\nvaries: {', '.join(entry['varies'])}", markup=False, highlight=False)
     for table in entry["table"]:
@@ -75,16 +99,11 @@ def supported(record: Record, rests_on: dict[str, str]) -> list[Record]:
     return claims
 
 
-def short(verdict: str) -> str:
-    """A verdict in a word or two."""
-    return {HOLDS: "holds", FAILS: "does not hold"}.get(verdict, verdict)
-
-
 def on_both(claim: Record, fashion: Record) -> str:
     """A claim in one line: what was measured and the verdict, on digits and on Fashion-MNIST."""
     other = next(each for each in fashion["claims"] if each["id"] == claim["id"])
     sets = {"digits": claim, "clothes": other}
-    told = "; ".join(f"{name} {measured(each)}, {short(each['verdict'])}" for name, each in sets.items())
+    told = "; ".join(f"{name} {measured(each)}, {each['verdict']}" for name, each in sets.items())
     return f"*{claim['statement']}*: {told}"
 
 
@@ -94,7 +113,7 @@ def lesson_table(results: dict[str, Record]) -> str:
     for lesson, record in results.items():
         about = LESSONS[lesson[:2]]
         claim = beginning(record, about.headline)
-        result = f"“{claim['statement']}”: {measured(claim)}, {short(claim['verdict'])}"
+        result = f"“{claim['statement']}”: {measured(claim)}, {claim['verdict']}"
         time = f"{about.minutes} min; runs {record['seconds']:.0f} s"
         link = f"[{lesson[:2]} {about.name}](#{anchor(lesson)})"
         rows.append([link, about.question, time, about.difficulty, result, f"`python {lesson}.py`"])
@@ -160,7 +179,7 @@ def critical(results: dict[str, Record]) -> str:
         told = []
         for expected, statement in expects.items():
             claim = beginning(record, statement)
-            told.append(f"{expected}: **{short(claim['verdict'])}** ({measured(claim)})")
+            told.append(f"{expected}: **{claim['verdict']}** ({measured(claim)})")
         links = ", ".join(f"[{name}](results/{lesson}/summary.md#{name})" for name in experiment.split())
         rows.append([f"{title} ({links})", "<br>".join(told), f"`python {lesson}.py --only {experiment}`"])
     return left_aligned(["experiment", "what the study guide expects, and what happened", "command"], rows)
@@ -176,7 +195,7 @@ def board(record: Record, fashion: Record) -> str:
         statement = claim["statement"]
         if other["statement"] != statement:  # it names the best of several arms
             statement += f"; on clothes: {other['statement']}"
-        cells = [f"{measured(each)}: {mark}{short(each['verdict'])}{mark}" for each in (claim, other)]
+        cells = [f"{measured(each)}: {mark}{each['verdict']}{mark}" for each in (claim, other)]
         rows.append([statement, claim["source"], claim["expected"], *cells])
     return left_aligned(["claim", "source", "expected", "digits", "Fashion-MNIST"], rows)
 
@@ -217,7 +236,7 @@ def opposites(results: dict[str, Record], fashion: dict[str, Record]) -> str:
     for lesson, record in results.items():
         for claim, other in two_verdicts(record, fashion[lesson]):
             if {claim["verdict"], other["verdict"]} == {HOLDS, FAILS}:
-                cells = [f"{measured(each)}: {short(each['verdict'])}" for each in (claim, other)]
+                cells = [f"{measured(each)}: {each['verdict']}" for each in (claim, other)]
                 rows.append([lesson[:2], claim["statement"], claim["expected"], *cells])
     return left_aligned(["lesson", "claim", "expected", "digits", "Fashion-MNIST"], rows) if rows else "None."
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.data import LessonError
-from common.first.report import ROOT, source_hash, write_whole
+from common.first.report import source_hash
+from docs.record import ROOT, environment, write_whole
 
 FOLDER = ROOT / "exercises"
 OUT = ROOT / "outputs" / "exercises"
@@ -77,12 +78,20 @@ def run(exercise: Exercise, more: list[str]) -> tuple[int, Path]:
     return subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}).returncode, folder
 
 
+def source_of(lesson: str) -> str:
+    """The hash of the code that decides a lesson's numbers, as its own edition makes it."""
+    script = ROOT / f"{lesson}.py"
+    first = "common.first" in script.read_text(encoding="utf-8")
+    return source_hash(lesson) if first else environment("cpu", script)["source"]
+
+
 def keep(exercise: Exercise, folder: Path) -> None:
-    """File the run's summary, without its figures, in exercises/runs."""
+    """File the run's summary in exercises/runs, without its figures and what the lesson says of its own run."""
     summary = (folder / exercise.lesson / "summary.md").read_text(encoding="utf-8")
     text = re.sub(r"^!\[.*\n\n", "", summary, flags=re.MULTILINE)
+    text = re.sub(r"^\*The lesson says.*?(?=^<|\Z)", "", text, flags=re.MULTILINE | re.DOTALL)
     head = f"# Exercise {exercise.number} of lesson {exercise.lesson[:2]}: {exercise.question}"
-    end = f"\nThe script before the change: source {source_hash(exercise.lesson)}.\n"
+    end = f"\nThe script before the change: source {source_of(exercise.lesson)}.\n"
     path = FOLDER / "runs" / f"{exercise.lesson[:2]}-{exercise.number}.md"
     write_whole(path, lambda aside: aside.write_text(f"{head}\n\n#{text}{end}", encoding="utf-8"))
 

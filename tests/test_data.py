@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from common import data
-from common.data import Batch, LessonError, Task, derive, load, make_split, minibatches, mislabel, stratified_order
+from common.data import Batch, Dataset, LessonError, Task, derive, load, make_split, mislabel, stratified_order
 
 DIGITS = load("digits")
 
@@ -15,6 +15,11 @@ def test_digits_are_the_real_ones():
     assert DIGITS.task == ((1, 8, 8), 10)
     assert DIGITS.x.min() == 0
     assert DIGITS.x.max() == 16
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    assert (DIGITS.x[:, 0] == found.images).all()
+    assert (DIGITS.y == found.target).all()
 
 
 def raw(batch: Batch, split) -> set[bytes]:
@@ -90,22 +95,28 @@ def test_every_stretch_of_the_order_is_stratified():
         assert abs(y[order[start : start + 40]].sum() - 10) <= 1
 
 
+def test_the_only_example_of_a_class_may_stand_anywhere():
+    """Else it would be held out for validation every time."""
+    y = np.array([0] * 99 + [1])
+    places = [stratified_order(y, np.random.default_rng(seed)).argmax() for seed in range(30)]
+    assert min(places) < 30
+    assert max(places) > 70
+
+
 @pytest.mark.parametrize("examples", [0, 1001, -5])
-def test_impossible_training_size_is_one_clear_line(examples):
-    with pytest.raises(LessonError, match="1 to 1000"):
+def test_impossible_training_size_is_one_clear_line_that_names_a_way_out(examples):
+    way_out = "take a smaller --larger, or another --dataset"
+    with pytest.raises(LessonError, match=f"^{examples} training examples asked for.* 1 to 1000; {way_out}$"):
         make_split(DIGITS, 0, examples)
 
 
-def test_minibatches_pass_over_everything_once_in_the_generators_order():
-    batch = Batch(torch.arange(10.0).view(10, 1, 1, 1), torch.arange(10))
-    pieces = list(minibatches(batch, 4, torch.Generator().manual_seed(0)))
-    assert [len(piece.y) for piece in pieces] == [4, 4, 2]
-    y = torch.cat([piece.y for piece in pieces])
-    assert sorted(y.tolist()) == list(range(10))
-    assert torch.equal(torch.cat([piece.x for piece in pieces]).flatten().long(), y)
-    torch.rand(3)  # the global generator has no say
-    again = torch.cat([piece.y for piece in minibatches(batch, 4, torch.Generator().manual_seed(0))])
-    assert torch.equal(y, again)
+def test_no_image_of_a_data_sets_own_test_part_counts_as_one_to_train_on():
+    x = np.random.default_rng(0).random((600, 1, 8, 8))
+    dataset = Dataset(x, np.arange(600) % 10, validation=50, test=100, own_test=300)
+    assert [len(part.y) for part in make_split(dataset, 0)] == [250, 50, 100]
+    assert len(make_split(dataset, 0, 250).train.y) == 250
+    with pytest.raises(LessonError, match="251 training examples asked for, of a data set that has 1 to 250;"):
+        make_split(dataset, 0, 251)
 
 
 def test_purposes_and_seeds_have_streams_of_their_own():
@@ -144,7 +155,7 @@ def test_a_fifth_is_held_out_up_to_a_limit(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"x": np.zeros((20, 8, 8))}, "must hold two arrays, x and y"),
+        ({"x": np.zeros((20, 8, 8))}, r"x and y, as numpy.savez writes them, cannot be read from .*'y is not a file"),
         (own_images() | {"y": np.arange(199) % 4}, r"has x \(200, 3, 8, 8\) and y \(199,\)"),
         (own_images(shape=(8, 9)), "wanted"),
         (own_images(shape=(4, 4)), "H ≥ 8"),
@@ -152,9 +163,16 @@ def test_a_fifth_is_held_out_up_to_a_limit(tmp_path):
         (own_images() | {"y": np.arange(200) % 4 + 1}, "must be whole numbers 0, 1, 2"),
         (own_images() | {"y": np.arange(200) % 4 * 1.0}, "must be whole numbers"),
         (own_images(classes=1), "must be whole numbers"),
-        (own_images() | {"x": np.full((200, 8, 8), np.nan)}, "NaN or infinity"),
+        (own_images() | {"x": np.full((200, 8, 8), np.nan)}, "hold NaN, infinity, or a channel of one colour"),
+        (own_images() | {"x": np.where(np.arange(64).reshape(8, 8) == 9, np.inf, own_images()["x"])}, "hold NaN, inf"),
+        (own_images() | {"x": own_images()["x"] * [[[1]], [[0]], [[1]]]}, "or a channel of one colour"),
+        (own_images() | {"x": np.full((200, 8, 8), 7, np.uint8)}, "or a channel of one colour"),
+        (own_images() | {"x": own_images()["x"] * 1e30}, "hold NaN, infinity"),  # whose squares are no float32
+        (own_images() | {"x": own_images()["x"] * 1e300}, "hold NaN, infinity"),
+        ({"x": np.zeros((0, 8, 8)), "y": np.zeros(0, int)}, r"has x \(0, 1, 8, 8\) and y \(0,\); wanted"),
+        ({"x": np.zeros((20, 0, 8, 8)), "y": np.arange(20) % 4}, r"has x \(20, 0, 8, 8\) and y \(20,\); wanted"),
         (own_images() | {"x": np.full((200, 8, 8), "a")}, "wanted"),
-        ({"x": np.array([{}]), "y": np.array([0])}, "no .npz file of arrays"),
+        ({"x": np.array([{}]), "y": np.array([0])}, "cannot be read from .* allow_pickle"),
     ],
 )
 def test_a_file_that_holds_something_else_is_one_clear_line(tmp_path, arrays, message):
@@ -164,12 +182,13 @@ def test_a_file_that_holds_something_else_is_one_clear_line(tmp_path, arrays, me
 
 
 def test_no_file_and_no_archive_are_one_clear_line(tmp_path):
-    with pytest.raises(LessonError, match="there is no file"):
+    with pytest.raises(LessonError, match=r"cannot be read from .*No such file"):
         data.load_npz(tmp_path / "own.npz")
-    for content in (b"", b"hello", b"PK\x03\x04 and no more"):
+    whole = Path(saved(tmp_path / "own.npz", **own_images(20))).read_bytes()
+    for content in (b"", b"hello", b"PK\x03\x04 and no more", whole[:-9], whole[:2000] + bytes(50) + whole[2050:]):
         (tmp_path / "own.npz").write_bytes(content)
-        with pytest.raises(LessonError, match=r"is no \.npz file of arrays") as error:
+        with pytest.raises(LessonError, match=r"as numpy\.savez writes them, cannot be read from") as error:
             data.load_npz(tmp_path / "own.npz")
         assert "\n" not in str(error.value)
-    with pytest.raises(LessonError):
+    with pytest.raises(LessonError, match="Is a directory"):
         data.load_npz(tmp_path)

@@ -22,6 +22,7 @@ from conftest import ROOT
 
 from common import data
 from common.data import LessonError, load_torchvision, make_split
+from docs.record import read_record
 
 TRAIN, TEST = 60, 20
 REAL_URLOPEN = urllib.request.urlopen
@@ -274,7 +275,7 @@ def test_a_folder_that_is_a_file(tmp_path):
 
 
 def run_lesson(tmp_path: Path, *words: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "14_dropout_regularization.py"), "--quick", "--only", "mechanism", *words]
+    command = [sys.executable, str(ROOT / "14_dropout_regularization.py"), "--quick", "--only", "wrong_mode", *words]
     command += ["--out", str(tmp_path / "out"), "--data-dir", str(tmp_path / "data")]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=120)
 
@@ -306,7 +307,8 @@ def test_the_command_line_reads_a_folder(tmp_path):
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx(np.arange(count) % 10))
     done = run_lesson(tmp_path, "--dataset", "fashion-mnist", "--jobs", "2")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "fashion-mnist, seeds 0–1" in done.stdout
+    found = read_record(tmp_path / "out" / "14_dropout_regularization" / "results.json")
+    assert (found["settings"]["dataset"], found["settings"]["seeds"]) == ("fashion-mnist", [0, 1])
 
 
 def test_a_data_set_is_read_once(tmp_path, monkeypatch):

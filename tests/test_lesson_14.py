@@ -1,25 +1,23 @@
-import inspect
 import math
 
-import numpy as np
 import pytest
 import torch
+from conftest import FURTHER_SCRIPTS, load_script
 from torch import nn
 
-from common.data import Batch, Task, load, make_split
+from common.data import Task, load, make_split
 
 TASK = Task((1, 8, 8), 10)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.2, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("p", [0.0, 0.2, 0.5, 0.8])
 def test_forward_in_training_is_torchs_for_the_same_mask(lesson14, p):
     """Each layer's mask is read off its own output; given the mask, the other layer's formula must give that output."""
     x = torch.rand(400, 50, dtype=torch.float64) + 0.5
     for layer in (lesson14.Dropout(p), nn.Dropout(p)):
         y = layer.train()(x)
         mask = y != 0
-        expected = x * mask / (1 - p) if p < 1 else torch.zeros_like(x)
-        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(y, x * mask / (1 - p))
         share = 1 - mask.double().mean().item()
         assert abs(share - p) < 5 * math.sqrt(p * (1 - p) / x.numel()) + 1e-12
 
@@ -55,122 +53,148 @@ def test_masks_are_independent_by_element_and_by_call(lesson14):
     assert abs((a == b).double().mean() - 0.5) < 0.05
 
 
-def test_vanilla_keeps_the_mean_only_if_scaled_at_test_time(lesson14):
+def test_dropout_keeps_the_mean(lesson14):
     x = torch.ones(100_000)
-    assert lesson14.vanilla_dropout(x, 0.8, True).mean() == pytest.approx(0.2, abs=0.01)
-    assert torch.allclose(lesson14.vanilla_dropout(x, 0.8, False), 0.2 * x)
     assert lesson14.dropout(x, 0.8, True).mean() == pytest.approx(1, abs=0.03)
 
 
-def test_mlp_puts_dropout_behind_every_hidden_layer_and_never_behind_the_output(lesson14):
-    model = lesson14.mlp(TASK, width=32, depth=3, p=0.4)
+def test_mlp_puts_dropout_behind_every_hidden_layer_and_behind_the_output_only_if_asked(lesson14):
+    model = lesson14.mlp(TASK, width=32, hidden_layers=3, p=0.4, output_p=0.0)
     kinds = [type(layer).__name__ for layer in model]
     assert kinds[:4] == ["Flatten", "Linear", "ReLU", "Dropout"]
-    assert [layer.p for layer in model if type(layer).__name__ == "Dropout"] == [0.4, 0.4, 0.4, 0]
+    assert [layer.p for layer in model if isinstance(layer, lesson14.Dropout)] == [0.4, 0.4, 0.4, 0]
     assert model(torch.randn(5, 1, 8, 8)).shape == (5, 10)
 
 
 def test_dropout_leaves_the_starting_weights_alone(lesson14):
     torch.manual_seed(0)
-    plain = lesson14.mlp(TASK)
+    plain = lesson14.network().model(TASK)
     torch.manual_seed(0)
-    half = lesson14.mlp(TASK, p=0.5)
+    half = lesson14.network(p=0.5).model(TASK)
     for a, b in zip(plain.parameters(), half.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(
-    ("train", "validation", "epoch"),
-    [
-        ([5, 4, 3, 2, 1, 0], [5, 4, 3, 4, 5, 6], 2),
-        ([5, 4, 3, 2, 1, 0], [5, 4, 3, 4, 2.9, 2.8], math.nan),  # a passing rise is no turn
-        ([5, 4, 3, 2, 1, 0], [6, 5, 4, 3, 2, 1], math.nan),
-        ([5, 4, 3, 2, 1, 0], [5, 4, 4, 3, 5, 6], math.nan),  # too few measurements after the turn
-        ([5, 4, 1, 2, 3, 4], [5, 4, 3, 4, 5, 6], math.nan),  # both rise: trouble, but not overfitting
-    ],
-)
-def test_turning_epoch(lesson14, train, validation, epoch):
-    history = {"epoch": list(range(6)), "train_loss": train, "validation_loss": validation}
-    found = lesson14.turning_epoch(history)
-    assert found == epoch or (math.isnan(found) and math.isnan(epoch))
+def test_each_remedy_changes_what_it_says(lesson14):
+    usual = (0, {"lr": 5e-3, "weight_decay": 0.0, "fused": True}, 0.2)
+    lower, decayed = usual[1] | {"lr": 1e-4}, usual[1] | {"lr": 1e-4, "weight_decay": 3.0}
+    wanted = {
+        "no dropout": usual,
+        "dropout": (0.5, usual[1], 0.2),
+        "lower rate": (0, lower, 0.2),
+        "both": (0.5, lower, 0.2),
+        "both + decay": (0.5, decayed, 0.2),
+        "right labels": (0, usual[1], 0),
+    }
+    for technique, settings in wanted.items():
+        recipe = lesson14.remedy(technique, rate=1e-4, decay=3.0)
+        assert (recipe.model.keywords["p"], recipe.optimizer.keywords, recipe.label_noise) == settings
 
 
-def test_accuracy_after_the_turn(lesson14):
-    history = {"epoch": [0, 10, 20, 30, 40], "train_loss": [4, 3, 2, 1, 0], "validation_loss": [3, 1, 2, 3, 4]}
-    history["validation_accuracy"] = [0.1, 0.8, 0.8, 0.75, 0.7]
-    assert lesson14.accuracy_after_turn(history) == pytest.approx(-0.1)
-
-
-def test_silencing_nothing_is_the_test_accuracy_and_more_hurts(lesson14):
+def trained(lesson14, p: float) -> nn.Module:
     split = make_split(load("digits"), 0, 100)
     torch.manual_seed(0)
-    model = lesson14.mlp(TASK, 64)
+    model = lesson14.mlp(TASK, width=64, hidden_layers=2, p=p, output_p=0.0)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(30):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(split.train.x), split.train.y).backward()
         optimizer.step()
-    notes = lesson14.silence(model, split)
-    assert notes["accuracy"][0] == pytest.approx(lesson14.evaluate(model, split.test)[1])
-    assert notes["accuracy"][-1] < notes["accuracy"][0] - 0.2
-    assert 0 < notes["correlation"] < 1
-    assert not model[2]._forward_hooks
+    return model
+
+
+def test_three_ways_measure_what_they_say(lesson14):
+    split = make_split(load("digits"), 0, 100)
+    model = trained(lesson14, p=0.5)
+    found = lesson14.three_ways(model, split)
+    x, y = split.test
+    logits = model.eval()(x).detach()
+    accuracy, loss = found["accuracy"][1], found["loss"][1]
+    assert found["mode"][1] == ["eval mode", "training mode", "eval, not scaled"]
+    assert accuracy[0] == pytest.approx(100 * (logits.argmax(1) == y).float().mean().item())
+    assert loss[0] == pytest.approx(nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
+    doubled = model[0](x)
+    for layer in (model[1], model[4]):
+        doubled = 2 * layer(doubled).relu()
+    assert loss[2] == pytest.approx(nn.functional.cross_entropy(model[7](doubled), y).item(), rel=1e-5)
+    assert loss[1] != pytest.approx(loss[0], rel=1e-3)
+    same = lesson14.three_ways(trained(lesson14, p=0.0), split)
+    assert same["loss"][1] == pytest.approx([same["loss"][1][0]] * 3, rel=1e-5)
+
+
+def test_silencing_nothing_is_the_test_accuracy_and_more_hurts(lesson14):
+    split = make_split(load("digits"), 0, 100)
+    model = trained(lesson14, p=0.0)
+    found = lesson14.silence(model, split)
+    with torch.no_grad():
+        right = (model.eval()(split.test.x).argmax(1) == split.test.y).float().mean().item()
+    assert found["accuracy"][1][0] == pytest.approx(100 * right)
+    assert found["accuracy"][1][-1] < found["accuracy"][1][0] - 20
+    assert 0 < found["correlation"] < 1
 
 
 def test_identical_units_are_fully_correlated(lesson14):
-    model = lesson14.mlp(TASK, 16)
+    model = lesson14.mlp(TASK, width=16, hidden_layers=2, p=0.0, output_p=0.0)
     last = [layer for layer in model if isinstance(layer, nn.Linear)][-2]
     with torch.no_grad():
         last.weight[:] = last.weight[0].abs()
         last.bias[:] = 0.1
-    assert lesson14.silence(model, make_split(load("digits"), 0, 100))["correlation"] == pytest.approx(1, abs=1e-3)
+    found = lesson14.silence(model, make_split(load("digits"), 0, 100))
+    assert found["correlation"] == pytest.approx(1, abs=1e-3)
 
 
-def test_entropy_of_the_certain_and_of_the_clueless(lesson14):
+def test_the_loop_to_copy_learns_and_says_so(lesson14, capsys):
+    training, validation = lesson14.train(p=0.5)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(training) == len(validation) == 12
+    assert validation[-1] < validation[0] - 1
+    assert lines[-1].endswith(f"training loss {training[-1]:.2f}, validation loss {validation[-1]:.2f}")
+
+
+@pytest.fixture
+def monte_carlo():
+    return load_script("further/monte_carlo_dropout.py")
+
+
+def test_an_average_of_passes_is_one_pass_where_nothing_is_dropped(monte_carlo):
+    x = torch.randn(20, 1, 8, 8)
+    plain = monte_carlo.mlp(TASK, p=0.0)
+    torch.testing.assert_close(monte_carlo.average(plain, x, 7), monte_carlo.one_pass(plain, x))
+    half = monte_carlo.mlp(TASK, p=0.5)
+    assert not torch.allclose(monte_carlo.average(half, x, 7), monte_carlo.one_pass(half, x))
+    torch.testing.assert_close(monte_carlo.average(half, x, 7).sum(1), torch.ones(20))
+
+
+def test_scores_of_a_known_case(monte_carlo):
+    probabilities = torch.tensor([[0.95, 0.05], [0.95, 0.05], [0.45, 0.55], [0.45, 0.55]])
+    found = monte_carlo.scores(probabilities, torch.tensor([0, 1, 1, 0]))
+    assert found["accuracy"] == 50
+    assert found["calibration_error"] == pytest.approx(100 * (abs(1.9 - 1) + abs(1.1 - 1)) / 4, rel=1e-5)
+    expected = -(math.log(0.95) + math.log(0.05) + math.log(0.55) + math.log(0.45)) / 4
+    assert found["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_entropy_of_the_certain_and_of_the_clueless(monte_carlo):
     probabilities = torch.tensor([[1.0, 0, 0, 0], [0.25, 0.25, 0.25, 0.25]])
-    assert lesson14.entropy(probabilities).tolist() == pytest.approx([0, math.log(4)], abs=1e-6)
+    assert monte_carlo.entropy(probabilities).tolist() == pytest.approx([0, math.log(4)], abs=1e-6)
 
 
-def test_told_apart_is_the_area_under_the_roc_curve(lesson14):
+def test_told_apart_is_the_area_under_the_roc_curve(monte_carlo):
     from sklearn.metrics import roc_auc_score
 
-    own, other = torch.randn(50), torch.randn(70) + 0.7
-    expected = roc_auc_score([0] * 50 + [1] * 70, torch.cat([own, other]))
-    assert lesson14.told_apart(other, own) == pytest.approx(expected)
-
-
-def test_strange_inputs_keep_the_size(lesson14):
-    test = make_split(load("digits"), 0, 100).test
-    kinds = lesson14.strange_inputs(test)
-    assert {x.shape for x in kinds.values()} == {test.x.shape}
-    assert torch.equal(kinds["shuffled"].flatten(1).sort(1).values, test.x.flatten(1).sort(1).values)
-    assert torch.equal(kinds["turned"][0, 0], torch.rot90(test.x[0, 0], 1))
-
-
-def test_without_dropout_many_passes_equal_one(lesson14):
-    torch.manual_seed(0)
-    notes = lesson14.predict_many(lesson14.mlp(TASK), make_split(load("digits"), 0, 100))
-    for passes in lesson14.PASSES:
-        assert notes[str(passes)] == pytest.approx(notes["eval"], abs=1e-5)
-    assert notes["noise told apart"][0] == pytest.approx(notes["noise told apart"][1], abs=1e-3)
-    torch.manual_seed(0)
-    varied = lesson14.predict_many(lesson14.mlp(TASK, p=0.5), make_split(load("digits"), 0, 100))
-    assert varied["1"] != pytest.approx(varied["eval"], abs=1e-5)
-
-
-def test_wrong_modes_leave_no_hook_and_measure_what_they_say(lesson14):
-    torch.manual_seed(0)
-    model = lesson14.mlp(TASK, p=0.5)
     split = make_split(load("digits"), 0, 100)
-    notes = lesson14.wrong_modes(model, split)
-    loss, accuracy = lesson14.evaluate(model, split.test)
-    assert notes["eval_accuracy"] == pytest.approx(accuracy)
-    assert notes["eval_loss"] == pytest.approx(loss, rel=1e-5)
-    assert notes["unscaled_loss"] != pytest.approx(loss, rel=1e-5)
-    assert 0 < notes["flips"] <= 1
-    assert lesson14.wrong_modes(lesson14.mlp(TASK), split)["flips"] == 0
+    torch.manual_seed(0)
+    model = monte_carlo.mlp(TASK, p=0.0)
+    found = monte_carlo.strange(model, split)
+    x = split.test.x
+    turned, known = (monte_carlo.entropy(monte_carlo.one_pass(model, each)) for each in (x.rot90(1, (2, 3)), x))
+    expected = roc_auc_score([0] * len(known) + [1] * len(turned), torch.cat([known, turned]))
+    one, many = dict(zip(found["input"][1], found["eval mode"][1], strict=True)), found["20 passes"][1]
+    assert one["turned"] == pytest.approx(100 * expected, rel=1e-4)
+    assert many == pytest.approx(list(one.values()), abs=0.1)  # without dropout many passes are one
 
 
-def test_importing_defines_and_does_nothing_else(lesson14):
-    assert all(inspect.isfunction(experiment) for experiment in lesson14.EXPERIMENTS)
-    assert not any(isinstance(value, (Batch, np.ndarray)) for value in vars(lesson14).values())
+def test_further_is_listed_by_lesson_and_question():
+    text = (FURTHER_SCRIPTS[0].parent / "README.md").read_text(encoding="utf-8")
+    for script in FURTHER_SCRIPTS:
+        assert f"`python -m further.{script.stem}`" in text

@@ -11,17 +11,21 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import LESSONS, ROOT, load_lesson
+from conftest import FIRST, FURTHER_SCRIPTS, LESSONS, REWRITTEN, ROOT, load_lesson, load_script
 from PIL import Image
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc")
 
 
-def start(lesson: str, folder: Path, *words: str) -> subprocess.Popen:
-    """Start the lesson in a process group of its own, as a shell would."""
-    command = [sys.executable, str(ROOT / f"{lesson}.py"), "--out", str(folder / "out"), *words]
+FURTHER = [f"further/{path.stem}" for path in FURTHER_SCRIPTS]
+
+
+def start(part: str, folder: Path, *words: str) -> subprocess.Popen:
+    """Start a lesson, or a script of further/ as a module, in a process group of its own, as a shell would."""
+    script = [str(ROOT / f"{part}.py")] if part in LESSONS else ["-m", part.replace("/", ".")]
+    command = [sys.executable, *script, "--out", str(folder / "out"), *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | ({} if part in LESSONS else {"PYTHONPATH": str(ROOT)})
     return subprocess.Popen(command, cwd=folder, start_new_session=True, env=environment, **pipes)
 
 
@@ -60,11 +64,38 @@ def test_the_lessons_are_numbered_without_a_gap():
     assert numbers == list(range(14, 14 + len(numbers)))
     assert numbers
     for lesson in LESSONS:
-        assert lesson == load_lesson(lesson).LESSON
+        module = load_lesson(lesson)
+        assert lesson == (module.LESSON if lesson in FIRST else module.lesson.name)
 
 
-@pytest.mark.parametrize("lesson", LESSONS)
-def test_quick_run_from_another_folder(lesson, tmp_path):
+@pytest.mark.parametrize("part", REWRITTEN + FURTHER)
+def test_quick_run_from_another_folder(part, tmp_path):
+    process = start(part, tmp_path, "--quick")
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    shown = [line for line in out.splitlines() if str(tmp_path) not in line]
+    assert max(map(len, shown)) <= 80
+    assert len(out.splitlines()) <= 250
+    for block in re.split(r"^\d+ of \d+: .*$", out, flags=re.MULTILINE)[1:]:
+        assert len(block.strip().splitlines()) <= 30, block
+    name = part.rpartition("/")[2]
+    folder = tmp_path / "out" / name
+    record = strict(folder / "results.json")
+    assert record["lesson"] == name
+    assert list(record["experiments"]) == list(load_script(f"{part}.py").lesson.experiments)
+    for entry in record["experiments"].values():
+        assert entry["question"].endswith("?")
+        assert entry["figures"]
+        for figure in entry["figures"]:
+            assert_not_blank(folder / figure)
+        assert entry["printed"] or not entry["studies"]
+        assert all(study["data_vars"]["test_accuracy"]["data"] for study in entry["studies"])
+    assert all(claim["verdict"] == "not judged" for claim in record["claims"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("lesson", FIRST)
+def test_quick_run_of_the_first_edition(lesson, tmp_path):
     process = start(lesson, tmp_path, "--quick")
     out, err = process.communicate(timeout=240)
     assert (process.returncode, err) == (0, "")
@@ -98,9 +129,8 @@ def half_way(tmp_path: Path) -> tuple[subprocess.Popen, Path]:
 
 def assert_finished_experiments_are_whole(folder: Path) -> None:
     record = strict(folder / "results.json")
-    assert "mechanism" in record["experiments"]
+    assert "your_own_loop" in record["experiments"]
     assert len(record["experiments"]) < 6
-    assert record["claims"]
     for entry in record["experiments"].values():
         for figure in entry["figures"]:
             assert_not_blank(folder / figure)
@@ -115,7 +145,7 @@ def test_interrupted_half_way(tmp_path, to_group, number, code):
     _, err = process.communicate(timeout=30)
     assert process.returncode == code
     if code == 130:
-        assert re.fullmatch(r"\n?interrupted; mechanism(, \w+)* finished, in .*\n", err)
+        assert re.fullmatch(r"\n?interrupted; your_own_loop(, \w+)* finished, in .*\n", err)
     wait_for(lambda: group_is_gone(process.pid), 10)
     assert_finished_experiments_are_whole(folder)
 
@@ -144,28 +174,58 @@ def test_a_killed_parent_leaves_no_orphans(tmp_path):
     assert_finished_experiments_are_whole(folder)
 
 
-@pytest.mark.parametrize("lesson", LESSONS)
-def test_runs_as_a_notebook_from_top_to_bottom(lesson, tmp_path):
+@pytest.mark.parametrize("part", REWRITTEN + FURTHER)
+def test_in_a_notebook_each_experiment_runs_in_its_own_cell(part, tmp_path):
+    jupytext, nbclient = notebook_tools()
+    notebook = jupytext.read(ROOT / f"{part}.py")
+    made = next(cell for cell in notebook.cells if "lesson = Lesson(" in cell.source)
+    made.source += f"\nlesson.arguments = ['--quick', '--out', {str(tmp_path)!r}]"
+    place = {"metadata": {"path": str(ROOT)}}
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources=place).execute()
+    name = part.rpartition("/")[2]
+    record = strict(tmp_path / name / "results.json")
+    assert list(record["experiments"]) == list(load_script(f"{part}.py").lesson.experiments)
+    for experiment, entry in record["experiments"].items():
+        (cell,) = [cell for cell in notebook.cells if f"def {experiment}(lab" in cell.source]
+        text = "".join(output["text"] for output in cell.outputs if output.output_type == "stream")
+        assert entry["question"] in " ".join(text.split())
+        assert set(entry["printed"].splitlines()) <= set(text.splitlines())
+        claims = [claim for claim in record["claims"] if claim["experiment"] == experiment]
+        assert all(claim["statement"] in " ".join(text.split()) for claim in claims)
+        shown = [output for output in cell.outputs if "image/png" in output.get("data", {})]
+        assert len(shown) == len(entry["figures"])
+    last = "".join(output["text"] for output in notebook.cells[-1].outputs)
+    assert f"{len(record['claims'])} rules of thumb (not judged" in last
+    assert not any(output.output_type == "error" for cell in notebook.cells for output in cell.get("outputs", []))
+
+
+def notebook_tools():
     reason = "a development extra: pip install -r requirements-dev.txt"
-    jupytext = pytest.importorskip("jupytext", reason=reason)
-    nbclient = pytest.importorskip("nbclient", reason=reason)
     pytest.importorskip("ipykernel", reason=reason)
+    return pytest.importorskip("jupytext", reason=reason), pytest.importorskip("nbclient", reason=reason)
+
+
+@pytest.mark.parametrize("lesson", FIRST)
+def test_runs_as_a_notebook_from_top_to_bottom(lesson, tmp_path):
+    jupytext, nbclient = notebook_tools()
     notebook = jupytext.read(ROOT / f"{lesson}.py")
     last = notebook.cells[-1]
     assert last.source.rstrip().endswith("main()")
-    last.source = last.source.replace("    main()", f"    main(['--quick', '--out', {str(tmp_path)!r}])")
+    first = load_lesson(lesson).EXPERIMENTS[0].__name__
+    words = ["--quick", "--only", first, "--out", str(tmp_path)]
+    last.source = last.source.replace("    main()", f"    main({words})")
     assert sum(cell.cell_type == "markdown" for cell in notebook.cells) >= 7
     client = nbclient.NotebookClient(
         notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
     )
     client.execute()
     record = strict(tmp_path / lesson / "results.json")
-    assert len(record["experiments"]) == len(load_lesson(lesson).EXPERIMENTS)
+    assert list(record["experiments"]) == [first]
     shown = [output for output in notebook.cells[-1].outputs if "image/png" in output.get("data", {})]
     assert len(shown) == sum(len(entry["figures"]) for entry in record["experiments"].values())
 
 
-@pytest.mark.parametrize("lesson", LESSONS)
+@pytest.mark.parametrize("lesson", FIRST)
 def test_a_kernels_own_arguments_are_not_the_lessons(lesson, monkeypatch, capsys):
     """With no arguments given inside a kernel, the command line is not read."""
     from common.first import cli

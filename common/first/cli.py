@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 from rich.console import Console
 
-from common.data import DATASETS, FOLDER, LessonError
+from common.first.data import DATASETS, FOLDER, LessonError
 from common.first.experiment import workers
 from common.first.lab import Lab, Larger, Settings, in_notebook, question_of
 

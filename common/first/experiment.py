@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.data import FOLDER, LessonError, load
+from common.first.data import FOLDER, LessonError, load
 from common.first.statistics import Estimate, estimate, paired_difference, points
 from common.first.training import Recipe, Run, fit
 

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.rule import Rule
 
 from common.first import report
-from common.data import LessonError
+from common.first.data import LessonError
 from common.first.experiment import AllDivergedError, Comparison, Tuning, compare, tuning_seeds, what_varies
 from common.first.statistics import NOT_JUDGED, Claim, Estimate, Range, judge
 from common.first.training import Recipe

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from common.data import Batch, Split, Task, derive, load, make_split, minibatches
+from common.first.data import Batch, Split, Task, derive, load, make_split, minibatches
 
 
 def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from first_recipes import DIVERGES, SMALL, noisy
 from matplotlib.figure import Figure
 from PIL import Image
-from recipes import DIVERGES, SMALL, noisy
 from rich.console import Console
 
 from common.first import report

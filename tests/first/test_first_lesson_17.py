@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.data import Task, load, make_split
+from common.first.data import Task, load, make_split
 from common.first.statistics import FAILS, HOLDS, UNCLEAR
 from common.first.training import evaluate
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from conftest import ROOT, load_lesson
 from torch import nn
 
-from common.data import Task, load, make_split
+from common.first.data import Task, load, make_split
 from common.first.experiment import Comparison, what_varies
 from common.first.training import State, cross_entropy, fit
 
@@ -418,10 +418,6 @@ def test_since_best_compares_the_end_with_the_lowest_validation_loss(lesson15):
     comparison = Comparison([0, 1], {"a": recipe}, {"a": "a"}, {"a": runs})
     expected = [run.history["validation_loss"][-1] - min(run.history["validation_loss"]) for run in runs]
     assert lesson15.since_best(comparison, "validation_loss", "a").tolist() == pytest.approx(expected)
-
-
-def test_both_lessons_mean_the_same_by_overfitting(lesson14, lesson15):
-    assert inspect.getsource(lesson14.turning_epoch) == inspect.getsource(lesson15.turning_epoch)
 
 
 def test_combined_switches_on_what_it_is_told_to(lesson15):

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from recipes import DIVERGES, SMALL
+from first_recipes import DIVERGES, SMALL
 
-from common import data
-from common.data import Dataset, LessonError
-from common.first import cli, report
+from common.first import cli, data, report
 from common.first.cli import available_cores, choose_device, choose_jobs, run_lesson
+from common.first.data import Dataset, LessonError
 from common.first.experiment import workers
 from common.first.lab import Lab, Larger
 from common.first.plotting import new_figure, plot_curves
@@ -311,7 +310,7 @@ def test_a_full_disk_is_one_line(run, monkeypatch):
 
 
 def test_two_arms_of_one_name_are_refused(run, monkeypatch):
-    monkeypatch.setattr("test_cli.EXPERIMENTS", [same_arm_twice])
+    monkeypatch.setattr("test_first_cli.EXPERIMENTS", [same_arm_twice])
     code, _, err, _ = run("--seeds", "1")
     assert code == 2
     assert err == "error: two comparisons of one experiment share the arm plain\n"
@@ -320,7 +319,7 @@ def test_two_arms_of_one_name_are_refused(run, monkeypatch):
 def test_too_few_examples_is_one_line(run, monkeypatch):
     from dataclasses import replace
 
-    monkeypatch.setattr("test_cli.SMALL", replace(SMALL, examples=5000))
+    monkeypatch.setattr("test_first_cli.SMALL", replace(SMALL, examples=5000))
     code, _, err, _ = run("--only", "first", "--seeds", "1")
     assert code == 2
     assert "5000 training examples asked for" in err

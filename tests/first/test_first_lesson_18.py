@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import lr_scheduler
 
-from common import data
-from common.data import Task, load, make_split
+from common.first import data
+from common.first.data import Task, load, make_split
 from common.first.experiment import AllDivergedError, SameProcess, compare
 from common.first.lab import Larger
 from common.first.training import Run, State, cross_entropy, evaluate, fit

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from common.data import Batch, Task, load, make_split
+from common.first.data import Batch, Task, load, make_split
 from common.first.experiment import Comparison
 from common.first.training import Run, State, cross_entropy, evaluate, fit
 

@@ -8,13 +8,14 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import LESSONS, ROOT, load_lesson
-from recipes import SMALL
+from conftest import FIRST as LESSONS
+from conftest import ROOT, load_lesson
+from first_recipes import SMALL
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.data import Batch, Split, load
 from common.first import experiment
+from common.first.data import Batch, Split, load
 from common.first.training import Recipe, State, cross_entropy, fit, off_device, train_step
 
 STEPS = 4  # the first steps at which every hook that looks at some steps only has looked

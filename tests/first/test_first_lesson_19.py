@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scipy.stats import truncnorm
 from torch import nn
 
-from common.data import Task, load, make_split
+from common.first.data import Task, load, make_split
 from common.first.experiment import Comparison, SameProcess, Tuning, compare
 from common.first.training import Run, cross_entropy, evaluate, fit
 

@@ -8,9 +8,9 @@ from multiprocessing import active_children, get_context
 import numpy as np
 import pytest
 import torch
-from recipes import DIVERGES, SMALL, noisy
+from first_recipes import DIVERGES, SMALL, noisy
 
-from common.data import LessonError
+from common.first.data import LessonError
 from common.first.experiment import (
     AllDivergedError,
     Comparison,

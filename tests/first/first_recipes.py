@@ -6,7 +6,7 @@ from math import prod
 import torch
 from torch import nn
 
-from common.data import Task
+from common.first.data import Task
 from common.first.training import Recipe
 
 

@@ -1,0 +1,1 @@
+"""Deeper questions behind the lessons, a script each: `python -m further.monte_carlo_dropout`."""
