@@ -55,7 +55,8 @@ def environment(device: str, script: Path | None) -> dict[str, str]:
     parts = [f"{platform.system()} {platform.machine()}", names[0], f"{os.cpu_count()} cores"]
     parts += [torch.cuda.get_device_name(device)] if device.startswith("cuda") else []
     source = hashlib.sha256(code.encode()).hexdigest() if script else CELLS
-    return {"python": platform.python_version(), "torch": torch.__version__, "machine": ", ".join(parts), "source": source}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return versions | {"machine": ", ".join(parts), "source": source}
 
 
 def plain(value: Any) -> Any:
