@@ -88,8 +88,8 @@ FINDINGS = {
             {"Adding dropout improves generalisation": FAILS, "With 800 images dropout gains more": FAILS},
         ),
         Finding(
-            "A lower learning rate does against wrong labels what dropout does; what dropout adds to it is within the "
-            "noise, on both.",
+            "A lower learning rate does more against wrong labels than dropout; what dropout adds to it is small on "
+            "both.",
             {"Dropout does more than a lower learning": UNCLEAR},
             {"Dropout does more than a lower learning": UNCLEAR},
         ),

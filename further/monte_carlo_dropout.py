@@ -120,16 +120,16 @@ def one_or_many_passes(lab: Lab) -> None:
 
 
 # %% [markdown]
-# **What we saw.** After 160 epochs the networks are too sure of themselves. Averaging tempers
-# that: the loss falls by 0.18 nats with right labels and by 0.34 with wrong ones
-# [one_or_many_passes-1 holds] [one_or_many_passes-3 holds], the calibration error by 2.4 and 6.1
-# points [one_or_many_passes-2 holds] [one_or_many_passes-4 holds]; accuracy stays as it is
+# **What we saw.** After 160 epochs the networks are too sure of themselves. Averaging tempers that:
+# the loss falls by 0.18 nats with right labels and by 0.34 with wrong ones [one_or_many_passes-1
+# holds] [one_or_many_passes-3 holds], the calibration error by 2.4 and 6.1 points
+# [one_or_many_passes-2 holds] [one_or_many_passes-4 holds]; accuracy stays as it is
 # [one_or_many_passes-5 holds]. After 40 epochs it makes calibration worse, by 0.8 points with right
-# labels and by 8.8 with wrong ones: a network trained on wrong labels, tested on right ones, is not
-# too sure yet, and averaging makes it too modest. Twenty passes do nearly all that a hundred do.
+# labels and by 8.8 with wrong ones: probably these networks are not too sure yet, and averaging
+# makes them too modest. Twenty passes do nearly all that a hundred do.
 #
 # **How far it carries.** With four times the training the gains are larger. Averaging helps a
-# network that is far too sure of itself, and harms one that is not: look at the calibration on
+# network that is far too sure of itself, and can harm one that is not: look at the calibration on
 # validation images before you pay for twenty passes.
 #
 # ## 2. Strange inputs
