@@ -15,8 +15,8 @@ from common.statistics import interval
 TECHNIQUES = dict.fromkeys(["none", "no dropout", "no norm", "plain", "constant"], "black")
 TECHNIQUES |= {"dropout": "#D55E00", "weight decay": "#E69F00"}
 TECHNIQUES |= {"batch norm": "#0072B2", "layer norm": "#009E73", "instance norm": "#CC79A7"}
-TECHNIQUES |= {"lower rate": "#56B4E9", "right labels": "#999999"}
-OTHERS = ["#117733", "#882255", "#44AA99", "#999933", "#AA4499", "#661100", "#6699CC"]  # Paul Tol's muted palette
+TECHNIQUES |= {"lower rate": "#56B4E9", "right labels": "#999999", "group norm": "#882255", "RMS norm": "#999933"}
+OTHERS = ["#117733", "#AA4499", "#44AA99", "#661100", "#6699CC", "#DDCC77", "#332288"]  # Paul Tol's muted palette
 
 
 def words(name: object) -> str:

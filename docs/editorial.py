@@ -37,9 +37,9 @@ LESSONS = {
     "16": Lesson(
         "Batch normalisation",
         "Does it make deep networks trainable, and is it necessary?",
-        "45–60",
+        "60–75",
         "intermediate",
-        "Each at its best rate, batch norm is more accurate",
+        "20 layers train with batch norm",
     ),
     "17": Lesson(
         "Its relatives",
@@ -121,25 +121,27 @@ FINDINGS = {
     ],
     "16": [
         Finding(
-            "Batch norm makes a deep plain network train. So do a good start and skip connections.",
+            "Batch norm makes a deep plain network train. So does a good start; skip connections learn faster.",
             {
-                "10 layers train with it": HOLDS,
-                "10 layers: necessary, He's start fails": FAILS,
-                "20 layers: necessary, skips fail": FAILS,
+                "20 layers train with batch norm": HOLDS,
+                "20 layers fail with He's start": FAILS,
+                "Batch norm learns as fast as skips with 20 layers": FAILS,
             },
         ),
         Finding(
-            "Stable inputs of a layer are not the reason why it works.",
+            "It allows higher rates and forgives small starting weights, not large ones.",
             {
-                "With the noise they drift more than without batch norm": HOLDS,
-                "With the noise it still trains better than no batch norm": HOLDS,
+                "With batch norm rates twice as high work": HOLDS,
+                "With batch norm a tenth of He's start costs nothing": HOLDS,
+                "With batch norm ten times He's start costs nothing": FAILS,
             },
         ),
         Finding(
-            "A forgotten `eval()` costs nothing or nearly everything: it depends on who else is in the batch.",
+            "A forgotten `eval()` costs accuracy, costs nothing, or flatters: it depends on what is in the batch.",
             {
-                "eval() forgotten costs accuracy (400 mixed images)": FAILS,
-                "eval() forgotten costs accuracy (20 images, sorted": HOLDS,
+                "A forgotten eval() costs accuracy (10 random": HOLDS,
+                "A forgotten eval() costs over a point (400 random": FAILS,
+                "A forgotten eval() costs accuracy (10 images, one a class)": FAILS,
             },
         ),
     ],
@@ -224,8 +226,7 @@ CHEAT_SHEET = [
         "0.1 to 0.2 in shallow networks, 0.3 to 0.5 in deep ones",
         "with a few hundred images 0.5 in a shallow network that is large enough to learn mistakes by heart, then try "
         "more; 0.3 to 0.5 in a deep one. With thousands tune the learning rate first: at a high one 0.5 hurts. "
-        "Not 0.5 in a very small network, nor where labels are right and plentiful; not 0.5 in every block of a "
-        "network with batch norm (0.2 was no worse)",
+        "Not 0.5 in a very small network, nor where labels are right and plentiful",
         {
             "14": {
                 "In a shallow network a p from 0.1 to 0.2": FAILS,
@@ -233,11 +234,7 @@ CHEAT_SHEET = [
                 "Adding dropout improves generalisation": HOLDS,
                 "A network of 4 units a layer is hurt": HOLDS,
                 "With 800 right labels dropout still helps": FAILS,
-            },
-            "16": {
-                "In every block (0.5): worse than batch norm alone": HOLDS,
-                "In every block (0.2): worse than batch norm alone": FAILS,
-            },
+            }
         },
         "dropout",
     ),
@@ -263,7 +260,7 @@ CHEAT_SHEET = [
         "the best with wrong ones (lesson 15): search, do not inherit. With batch norm try higher rates, too",
         {
             "15": {"The best technique beats a mere lowering of the rate": UNCLEAR},
-            "16": {"It can use higher learning rates, by half a decade": HOLDS},
+            "16": {"With batch norm rates twice as high work": HOLDS},
             "18": {"Start at 0.001 (Adam): as good as the best rate": FAILS},
         },
         "lower rate",
@@ -272,12 +269,11 @@ CHEAT_SHEET = [
         "batch size",
         "large batches for batch norm",
         "for the noise of SGD what counts is rate over batch size: half the batch is as noisy as twice the rate. With "
-        "batch norm over vectors not 2; groups of ten may regularise more than groups of a hundred (on digits they do)",
+        "batch norm over vectors not 2; over feature maps 2 is enough",
         {
-            "16": {
-                "Smaller groups regularise more: 10 beats 100": HOLDS,
-                "Too small a group hurts: 2 against 10": HOLDS,
-                "Batches of 2: batch norm is worse than none": HOLDS,
+            "17": {
+                "Batches of 2: layer norm beats batch norm (vectors)": HOLDS,
+                "Batches of 2: layer norm beats batch norm (convolutions)": FAILS,
             },
             "18": {"The floor is proportional to the rate": HOLDS, "The floor goes as 1 / batch size": HOLDS},
         },
@@ -285,20 +281,19 @@ CHEAT_SHEET = [
     Advice(
         "norm",
         "batch norm for images, layer norm for sequences, group norm for small batches",
-        "batch norm in a plain network, before or after the activation; layer norm where a mean would be over two "
-        "numbers; skip connections in place of it at 40 layers. On feature maps try group norm as well: on digits it "
-        "is not better at any batch size, on clothes it is in large batches",
+        "batch norm in a plain network, before the activation and without a bias; in a deep one skip connections, or "
+        "He initialisation; layer norm where a mean would be over two numbers. On feature maps group norm is not "
+        "better on digits at any batch size",
         {
             "16": {
-                "Five layers: batch norm pays": HOLDS,
-                "Each at its best rate, batch norm is more": HOLDS,
-                "After the ReLU also works": HOLDS,
-                "40 layers: batch norm is as good as skip": FAILS,
+                "20 layers train with batch norm": HOLDS,
+                "Batch norm learns as fast as skips with 20 layers": FAILS,
+                "With convolutions batch norm gains": HOLDS,
+                "Batch norm is as good after the ReLU as before": FAILS,
             },
             "17": {
                 "Batches of 2: layer norm beats batch norm (vectors)": HOLDS,
                 "Group norm for small batches: beats batch norm (2, conv": FAILS,
-                "Batch norm is best for images in large batches: beats group": UNCLEAR,
             },
         },
     ),
@@ -348,8 +343,7 @@ CHEAT_SHEET = [
                 "Decay, dropout and augmentation together beat the best": UNCLEAR,
                 "Together they need less strength than each alone": HOLDS,
                 "Two gains overlap: decay, dropout": HOLDS,
-            },
-            "16": {"In every block (0.5): worse than batch norm alone": HOLDS},
+            }
         },
     ),
 ]
@@ -382,8 +376,8 @@ CRITICAL = [
         "16",
         "depth",
         {
-            "without → unstable or fails": "10 layers fail without it (default start)",
-            "with → trains": "10 layers train with it",
+            "without → unstable or fails": "10 plain layers do not train",
+            "with → trains": "20 layers train with batch norm",
         },
     ),
     Critical(

@@ -210,6 +210,12 @@ def test_claims_are_few_and_decided(part):
         assert claim["source"]
 
 
+def verdicts(part: str, folder: str) -> list[tuple[str, str]]:
+    """The decided verdicts of a reference run, each with that of the run in another folder."""
+    pairs = zip(stored(part)["claims"], stored(part, folder)["claims"], strict=True)
+    return [(a["verdict"], b["verdict"]) for a, b in pairs if a["verdict"] in (HOLDS, FAILS)]
+
+
 @pytest.mark.parametrize("folder", [LONGER, FRESH])
 @pytest.mark.parametrize("part", PARTS)
 def test_verdicts_outlive_four_times_the_training_and_fresh_seeds(part, folder):
@@ -217,7 +223,6 @@ def test_verdicts_outlive_four_times_the_training_and_fresh_seeds(part, folder):
     longer = (4, 0) if folder == LONGER else (1, 100)
     assert (record["settings"]["longer"], record["settings"]["seeds"][0]) == longer
     assert record["environment"]["source"] == reference["environment"]["source"]
-    pairs = [(a["verdict"], b["verdict"]) for a, b in zip(reference["claims"], record["claims"], strict=True)]
-    decided = [pair for pair in pairs if pair[0] in (HOLDS, FAILS)]
+    decided = verdicts(part, folder)
     assert sum(a == b for a, b in decided) >= 0.95 * len(decided)
     assert not [pair for pair in decided if set(pair) == {HOLDS, FAILS}]
