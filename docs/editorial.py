@@ -131,7 +131,7 @@ FINDINGS = {
         Finding(
             "It allows higher rates and forgives small starting weights, not large ones.",
             {
-                "With batch norm rates twice as high work": HOLDS,
+                "With batch norm twice the learning rate works": HOLDS,
                 "With batch norm a tenth of He's start costs nothing": HOLDS,
                 "With batch norm ten times He's start costs nothing": FAILS,
             },
@@ -141,7 +141,7 @@ FINDINGS = {
             {
                 "A forgotten eval() costs accuracy (10 random": HOLDS,
                 "A forgotten eval() costs over a point (400 random": FAILS,
-                "A forgotten eval() costs accuracy (10 images, one a class)": FAILS,
+                "A forgotten eval() costs accuracy (one image a class)": FAILS,
             },
         ),
     ],
@@ -260,7 +260,7 @@ CHEAT_SHEET = [
         "the best with wrong ones (lesson 15): search, do not inherit. With batch norm try higher rates, too",
         {
             "15": {"The best technique beats a mere lowering of the rate": UNCLEAR},
-            "16": {"With batch norm rates twice as high work": HOLDS},
+            "16": {"With batch norm twice the learning rate works": HOLDS},
             "18": {"Start at 0.001 (Adam): as good as the best rate": FAILS},
         },
         "lower rate",

@@ -73,8 +73,8 @@ def mlp(task: Task, norm: Callable[[int], nn.Module]) -> nn.Module:
 # %%
 def note(state: State, **found: float) -> None:
     """Add numbers to what this run has noted so far, one for each epoch at which it is called."""
-    for name, value in (found | {"after_epoch": state.epoch}).items():
-        state.notes.setdefault(name, ("after_epoch", []))[1].append(value)
+    for name, value in (found | {"epochs_trained": state.epoch}).items():
+        state.notes.setdefault(name, ("epochs_trained", []))[1].append(value)
 
 
 @torch.no_grad()
@@ -103,9 +103,9 @@ def noise(lab: Lab) -> None:
     races = lab.study(partial(network, after_epoch=None), norm=norms, rate=rates[:4])
     learned = races.epoch.where(races.train_loss_curve < 0.1).min(("epoch", "rate"))
     epochs = learned.assign_attrs(unit="epochs")
-    drift = runs.drift.mean("after_epoch")
+    drift = runs.drift.mean("epochs_trained")
     lab.table({"drift": drift, "accuracy": runs.test_accuracy, "to 0.1 nats": epochs}, "norm")
-    lab.curves(runs.drift, x="after_epoch", hue="norm")
+    lab.curves(runs.drift, x="epochs_trained", hue="norm")
 
     more = drift - drift.sel(norm="no norm")
     kept, shaken = more.sel(norm="batch norm"), more.sel(norm="shaken")
@@ -169,17 +169,17 @@ def smoothness(lab: Lab) -> None:
     """Is the loss smoother with batch norm, so that a gradient holds for longer?"""
     runs = lab.study(walked, technique=("no norm", "lower rate", "batch norm"))
     runs.loss_range.attrs["unit"] = "nats"
-    lab.sweep(runs.loss_range, runs.gradient_change, x="after_epoch", hue="technique")
-    lab.table(runs.loss_range, rows="technique", columns="after_epoch")
-    lab.table(runs.gradient_change, rows="technique", columns="after_epoch")
+    lab.sweep(runs.loss_range, runs.gradient_change, x="epochs_trained", hue="technique")
+    lab.table(runs.loss_range, rows="technique", columns="epochs_trained")
+    lab.table(runs.gradient_change, rows="technique", columns="epochs_trained")
 
     more = runs - runs.sel(technique="batch norm")
-    early = more.sel(after_epoch=slice(1, 16)).mean("after_epoch")
+    early = more.sel(epochs_trained=slice(1, 16)).mean("epochs_trained")
     grows, turns = early.loss_range.sel(technique="no norm"), early.gradient_change
     calm, turns = turns.sel(technique="lower rate"), turns.sel(technique="no norm")
-    lab.claim("With batch norm the loss varies less", SANTURKAR, grows, above=0)
-    first = more.loss_range.sel(technique="no norm", after_epoch=1)
-    lab.claim("The loss varies less already after one epoch", SANTURKAR, first, above=0)
+    lab.claim("Along the gradient batch norm smooths the loss", SANTURKAR, grows, above=0)
+    first = more.loss_range.sel(technique="no norm", epochs_trained=1)
+    lab.claim("Batch norm smooths the loss within an epoch", SANTURKAR, first, above=0)
     lab.claim("With batch norm the gradient changes less", SANTURKAR, turns, above=0)
     lab.claim("A lower rate is as steady as batch norm", ADVICE, calm, below=0)
 

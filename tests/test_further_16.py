@@ -99,7 +99,7 @@ def test_drift_is_none_when_nothing_moves_and_some_when_it_does(why):
             before["3.1.bias"] -= 0.5
         why.note_drift(state)
     drift = state.notes["drift"][1]
-    assert state.notes["after_epoch"] == ("after_epoch", [1, 2, 3])
+    assert state.notes["epochs_trained"] == ("epochs_trained", [1, 2, 3])
     assert drift[0] != drift[0]
     assert drift[1] == pytest.approx(0, abs=1e-6)
     assert drift[2] == pytest.approx(0.5, abs=5e-3)  # batch norm's output has a deviation of one
@@ -143,7 +143,7 @@ def test_the_landscape_is_noted_after_some_epochs_at_the_rate_in_use(why):
     for epoch in range(1, 6):
         state.epoch = epoch
         why.note_landscape(state)
-    assert state.notes["after_epoch"][1] == [1, 2, 4]
+    assert state.notes["epochs_trained"][1] == [1, 2, 4]
     expected = why.along_the_gradient(model, split.train.x[:100], split.train.y[:100], 0.02)
     assert state.notes["loss_range"][1] == [expected["loss_range"]] * 3
     rates = {each: why.walked(each).optimizer.keywords["lr"] for each in ("no norm", "lower rate", "batch norm")}
