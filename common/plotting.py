@@ -15,7 +15,8 @@ from common.statistics import interval
 TECHNIQUES = dict.fromkeys(["none", "no dropout", "no norm", "plain", "constant"], "black")
 TECHNIQUES |= {"dropout": "#D55E00", "weight decay": "#E69F00"}
 TECHNIQUES |= {"batch norm": "#0072B2", "layer norm": "#009E73", "instance norm": "#CC79A7"}
-TECHNIQUES |= {"lower rate": "#56B4E9", "right labels": "#999999", "group norm": "#882255", "RMS norm": "#999933"}
+TECHNIQUES |= {"lower rate": "#56B4E9", "right labels": "#999999", "group norm": "#994F00", "RMS norm": "#999933"}
+TECHNIQUES |= {"masked batch norm": "#661100"}
 OTHERS = ["#117733", "#AA4499", "#44AA99", "#661100", "#6699CC", "#DDCC77", "#332288"]  # Paul Tol's muted palette
 
 
@@ -85,7 +86,7 @@ def dots(title: str, arrays: Sequence[xr.DataArray], y: str, hue: str | None) ->
     figure, axes = new_figure(title, len(arrays), 1.9 + 0.4 * arrays[0][y].size, "xy" if one_unit else "y")
     for ax, values in zip(axes, arrays, strict=True):
         for i, (label, colour, effect) in enumerate(by_hue(values, hue)):
-            places = np.arange(values[y].size) + 0.16 * i
+            places = np.arange(values[y].size) + 0.16 * (i - (values[hue].size - 1) / 2 if hue else 0)
             error = [effect["mean"] - effect["low"], effect["high"] - effect["mean"]]
             ax.errorbar(effect["mean"], places, xerr=error, fmt="os^Dv*Px"[i % 8], color=colour, capsize=3, label=label)
         ax.set_yticks(range(values[y].size), map(words, values[y].values.tolist()))
@@ -115,6 +116,6 @@ def finish(figure: Figure, axes: Sequence[Axes], arrays: Sequence[xr.DataArray],
         if values.attrs.get("unit") == "points":
             getattr(ax, line)(0, color="black", linewidth=1)
     if hue:
-        named = axes[0].get_legend_handles_labels()
-        figure.legend(*named, loc="outside lower center", ncols=5, frameon=False, title=words(hue))
+        named, columns = axes[0].get_legend_handles_labels(), 5 if len(axes) > 1 else 4
+        figure.legend(*named, loc="outside lower center", ncols=columns, frameon=False, title=words(hue))
     return figure

@@ -127,14 +127,15 @@ def half_way(tmp_path: Path) -> tuple[subprocess.Popen, Path]:
     return process, folder
 
 
-def assert_finished_experiments_are_whole(folder: Path) -> None:
+def assert_finished_experiments_are_whole(folder: Path, tidy: bool = True) -> None:
+    """Every finished experiment is there, with its figures; and, if the process could tidy up, nothing half-written."""
     record = strict(folder / "results.json")
     assert "your_own_loop" in record["experiments"]
     assert len(record["experiments"]) < 6
     for entry in record["experiments"].values():
         for figure in entry["figures"]:
             assert_not_blank(folder / figure)
-    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert not tidy or not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
 @linux_only
@@ -171,7 +172,7 @@ def test_a_killed_parent_leaves_no_orphans(tmp_path):
     process.kill()
     process.communicate(timeout=30)
     wait_for(lambda: group_is_gone(process.pid), 10)
-    assert_finished_experiments_are_whole(folder)
+    assert_finished_experiments_are_whole(folder, tidy=False)
 
 
 @pytest.mark.parametrize("part", REWRITTEN + FURTHER)
