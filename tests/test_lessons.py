@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,9 @@ def start(part: str, folder: Path, *words: str) -> subprocess.Popen:
     command = [sys.executable, *script, "--out", str(folder / "out"), *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | ({} if part in LESSONS else {"PYTHONPATH": str(ROOT)})
-    return subprocess.Popen(command, cwd=folder, start_new_session=True, env=environment, **pipes)
+    # A background job of a shell ignores Ctrl-C, and so would what it starts.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL) if os.name == "posix" else None
+    return subprocess.Popen(command, cwd=folder, start_new_session=True, env=environment, preexec_fn=heed, **pipes)
 
 
 def wait_for(condition, seconds: float = 120) -> None:
