@@ -7,7 +7,7 @@
 # **Afterwards you can** write all five with one function of axes; put each into a network; say what
 # small batches do to them and what each throws away; set groups, `momentum`, `eps` and `affine`.
 #
-# **Time**: 29 minutes of reading (1,781 words at 200 a minute, 246 lines of code at 12), an hour
+# **Time**: 29 minutes of reading (1,782 words at 200 a minute, 246 lines of code at 12), an hour
 # with a run, its tables and its figures. A run takes a minute on two CPU cores. **You need** lesson
 # 16 and, for the transformer, a notion of attention. **Papers**: Ba et al. 2016 (layer norm),
 # Ulyanov et al. 2016 (instance norm), Wu & He 2018 (group norm), Zhang & Sennrich 2019 (RMS norm).
@@ -160,10 +160,10 @@ def picture(lab: Lab) -> None:
 
 
 # %% [markdown]
-# PyTorch's layers, by the shape of their input ((N·T, F) is `x.flatten(0, 1)`), and their defaults:
-# instance norm learns no gain and shift (`affine`; `LayerNorm`, `RMSNorm`: `elementwise_affine`),
-# only batch norm keeps running statistics, and `eps=None` is float32's 1.2e-7. `LayerNorm`,
-# `RMSNorm` learn a gain for each element, the others for each channel.
+# Layer and RMS norm touch the same numbers. PyTorch's layers ((N·T, F) is `x.flatten(0, 1)`) and
+# their defaults: instance norm learns no gain and shift (`affine`; `LayerNorm`, `RMSNorm`:
+# `elementwise_affine`), only batch norm keeps running statistics, and `eps=None` is float32's
+# 1.2e-7. `LayerNorm`, `RMSNorm` learn a gain for each element, the others for each channel.
 #
 # | | vectors (N, F) | images (N, C, H, W) | sequences (N, T, F) | affine | eps | running |
 # | :-- | :-- | :-- | :-- | :-- | :-- | :-- |
@@ -359,8 +359,8 @@ def style(lab: Lab) -> None:
     lab.claim("Four groups beat one group by 2 points", ADVICE, more, above=2)
     over = seen - 25
     instance, layer = over.sel(norm="instance norm"), over.sel(norm="layer norm")
-    lab.claim("Instance norm leaves the factor at chance", ADVICE, instance, below=5)
-    lab.claim("Layer norm leaves the factor at chance", ADVICE, layer, below=5)
+    lab.claim("Instance norm hides by what factor images are multiplied", ADVICE, instance, below=5)
+    lab.claim("Layer norm hides by what factor images are multiplied", ADVICE, layer, below=5)
 
 
 # %% [markdown]
@@ -493,8 +493,8 @@ def knobs(lab: Lab) -> None:
     lab.claim("Batch norm's gain and shift are worth 2 points", GUIDE, learned, above=2)
     gain = lab.gain(accuracy, knob="default")
     slow, quick = gain.sel(knob="momentum 0.01"), gain.sel(knob="momentum 0.5")
-    lab.claim("Momentum 0.01 costs 2 points", ADVICE, slow, below=-2)
-    lab.claim("Momentum 0.5 costs accuracy in batches of 4", ADVICE, quick, below=-0.5)
+    lab.claim("Batch norm's momentum 0.01 costs 2 points", ADVICE, slow, below=-2)
+    lab.claim("Norm momentum 0.5 costs points in batches of 4", ADVICE, quick, below=-0.5)
     less = loss.sel(knob="input, default") - loss.sel(knob="input, eps 0.1")
     lab.claim("The default eps costs test loss (blank pixels)", ADVICE, less, above=0)
 
@@ -504,7 +504,7 @@ def knobs(lab: Lab) -> None:
 # nothing [knobs-2 does not hold]. Gain and shift do not add 2 points [knobs-1 does not hold], but
 # lower the loss from 0.43 to 0.39. At the input eps 0.1 takes it from 0.74 to 0.43 [knobs-4 holds].
 #
-# **How far it carries.** 0.01 needs hundreds of steps to forget its start. Larger batches? See 3.
+# **How far it carries.** 0.01 forgets its start in hundreds of steps. Larger batches: exercise 3.
 #
 # ## Exercises
 #

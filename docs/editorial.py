@@ -157,7 +157,7 @@ FINDINGS = {
         ),
         Finding(
             "What instance norm takes out is gone for good: it ignores a change of contrast, and cannot tell one.",
-            {"Changed contrast costs instance norm nothing": HOLDS, "Instance norm leaves the factor at chance": HOLDS},
+            {"Changed contrast costs instance norm nothing": HOLDS, "Instance norm hides by what factor": HOLDS},
         ),
         Finding(
             "“Layer norm for sequences” is no law: a norm helps a small transformer, and batch norm does as well.",
