@@ -143,28 +143,16 @@ def findings(record: Record, fashion: Record) -> str:
     return "\n".join(lines)
 
 
-def chosen(record: Record, experiment: str, row: str) -> str:
-    """The candidate that validation chose for a row of the experiment's grid, whose cells name the candidates."""
-    for table in record["experiments"][experiment]["table"]:
-        for name, *cells in table["rows"]:
-            if "chosen (*)" in table["title"] and name == row:
-                return next(cell.partition(":")[0] for cell in cells if cell.endswith("*"))
-    raise LookupError(f"no grid of {experiment} in lesson {record['lesson']} has a row {row!r}")
-
-
 def cheat_sheet(results: dict[str, Record], fashion: dict[str, Record]) -> str:
     """For each hyper-parameter the folk rule and what the runs support; and, folded away, the claims that say so."""
     by_number = {lesson[:2]: (record, fashion[lesson]) for lesson, record in results.items()}
     rows, reasons = [], []
-    for setting, folklore, advice, rests_on, grid in CHEAT_SHEET:
+    for setting, folklore, advice, rests_on in CHEAT_SHEET:
         rows.append([f"**{setting}**", folklore, advice])
         reasons.append(f"- **{setting}**")
         for number, statements in rests_on.items():
             record, other = by_number[number]
             reasons += [f"  - {number}: {on_both(claim, other)}" for claim in supported(record, statements)]
-        if grid:
-            both = [chosen(record, "line_up", grid) for record in by_number["15"]]
-            reasons.append(f"  - 15: validation chose, in the line-up: digits {both[0]}, clothes {both[1]}")
     table = left_aligned(["", "the folk rule", "what the runs support"], rows)
     summary = "<summary>The verdicts behind each line</summary>"
     return "\n\n".join([table, f"<details>\n{summary}", "\n".join(reasons), "</details>"])

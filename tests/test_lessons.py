@@ -79,7 +79,10 @@ def test_quick_run_from_another_folder(part, tmp_path):
     shown = [line for line in out.splitlines() if str(tmp_path) not in line]
     assert max(map(len, shown)) <= 80
     assert len(out.splitlines()) <= 250
-    for block in re.split(r"^\d+ of \d+: .*$", out, flags=re.MULTILINE)[1:]:
+    experiments, _, closing = out.rpartition("\n\n")  # the run's last two lines belong to no experiment
+    assert "rules of thumb" in closing
+    assert len(closing.splitlines()) == 2
+    for block in re.split(r"^\d+ of \d+: .*$", experiments, flags=re.MULTILINE)[1:]:
         assert len(block.strip().splitlines()) <= 30, block
     name = part.rpartition("/")[2]
     folder = tmp_path / "out" / name
