@@ -103,8 +103,8 @@ FINDINGS = {
     "15": [
         Finding(
             "Against wrong labels decay, dropout and augmentation help on digits, not on clothes at this high rate. "
-            "A lower learning rate does more on both. Augmentation adds to the best rate on digits; on clothes, "
-            "which all stand upright in the middle, it costs accuracy.",
+            "A lower learning rate does more on both. Augmentation adds to the best rate on digits; on clothes it "
+            "costs accuracy.",
             {
                 "Decay, dropout and augmentation gain 3 points": HOLDS,
                 "Decay and dropout beat a lower rate": FAILS,
@@ -117,8 +117,8 @@ FINDINGS = {
             },
         ),
         Finding(
-            "A validation loss that rises need not mean worse predictions, and early stopping is not free: it needs "
-            "images.",
+            "A validation loss that rises need not mean worse predictions, and early stopping is not free with "
+            "right labels.",
             {
                 "Accuracy falls once validation loss rises (wrong)": HOLDS,
                 "Accuracy falls once validation loss rises (right)": FAILS,
@@ -253,8 +253,8 @@ CHEAT_SHEET = [
     Advice(
         "weight decay",
         "start at 1e-5 to 1e-4; 0.1 is large",
-        "choose it by decades, with AdamW as far as 10, because PyTorch multiplies it by the learning rate; 1e-4 does "
-        "nothing here. Tune the learning rate first: with wrong labels a lower one does more",
+        "choose it by decades, with AdamW as far as 10, because PyTorch multiplies it by the learning rate; with SGD "
+        "1e-4 does nothing here. Tune the learning rate first: with wrong labels a lower one does more",
         {
             "15": {
                 "Weight decay of 0.0001 gains 1 point": FAILS,
@@ -268,7 +268,8 @@ CHEAT_SHEET = [
         "1e-3 for Adam, 0.1 for SGD",
         "a grid by half decades for each network, optimiser and budget, before anything else: a better rate may be "
         "worth more than a regulariser. 1e-3 was far too low for Adam in 40 steps with right labels (lesson 18), and "
-        "too high in 320 with wrong ones (lesson 15): search, do not inherit. With batch norm try higher rates, too",
+        "too high in 320 with 200 images and wrong ones (lesson 15): search, do not inherit. With batch norm try "
+        "higher rates, too",
         {
             "15": {"Decay and dropout beat a lower rate": FAILS},
             "16": {"With batch norm twice the learning rate works": HOLDS},
@@ -348,8 +349,8 @@ CHEAT_SHEET = [
     Advice(
         "all together",
         "dropout + L2 + batch norm + a schedule",
-        "add one at a time, and choose all strengths anew: gains overlap, and three gain little over one. "
-        "Augmentation is the one to add, where it fits the images: it does what the others do not",
+        "add one at a time, and choose all strengths anew: on digits gains overlap, and three gain little over "
+        "one. Augmentation is the one to add, where it fits the images: it adds to the best rate",
         {
             "15": {
                 "On average two techniques gain less than the sum": HOLDS,
