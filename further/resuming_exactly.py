@@ -5,7 +5,7 @@
 # must be saved so that the run, resumed, ends with exactly the weights of an unbroken one? And what
 # is lost with each part that was forgotten? **You need** lesson 18.
 #
-# **Time**: 13 minutes of reading (524 words at 200 a minute, 119 lines of code at 12).
+# **Time**: 13 minutes of reading (517 words at 200 a minute, 119 lines of code at 12).
 
 # %%
 import os
@@ -153,12 +153,12 @@ def exactly(lab: Lab) -> None:
 
 
 # %% [markdown]
-# **What we saw.** With all six parts the weights are those of the unbroken run, to the last bit
-# [exactly-1 holds]. What PyTorch's tutorial saves is not enough [exactly-2 does not hold], nor is a
-# seed: it brings the first batches again [exactly-3 does not hold]. In the figure a fresh optimiser
-# goes on at twice the rate, for the rate is kept there; a fresh scheduler has lost the count of
-# steps, and falls as slowly as at first. The model alone costs nothing with right labels [exactly-4
-# does not hold], with wrong ones 1.1 points: more of these are learned by heart [exactly-5 holds].
+# **What we saw.** All six parts give the unbroken run's weights, to the last bit [exactly-1 holds].
+# What PyTorch's tutorial saves is not enough [exactly-2 does not hold], nor is a seed: it brings
+# the first batches again [exactly-3 does not hold]. In the figure (steps since the break) a fresh
+# optimiser has twice the rate, which is kept there; a fresh scheduler has lost the count, and falls
+# as slowly as at first. The model alone costs nothing with right labels [exactly-4 does not hold],
+# with wrong ones 1.1 points: perhaps more are learned by heart [exactly-5 holds].
 #
 # **How far it carries.** All of it stays after four times the training and on fresh seeds. But
 # `OneCycleLR` and `LambdaLR` take a rate from the count: afresh they jump to their first rates.
