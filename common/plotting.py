@@ -13,10 +13,10 @@ from common.statistics import interval
 
 # Okabe & Ito's colour-blind-safe palette for techniques, the same throughout the level; the baseline is black.
 TECHNIQUES = dict.fromkeys(["none", "no dropout", "no norm", "plain", "constant"], "black")
-TECHNIQUES |= {"dropout": "#D55E00", "weight decay": "#E69F00"}
+TECHNIQUES |= {"dropout": "#D55E00", "weight decay": "#E69F00", "StepLR": "#332288"}
 TECHNIQUES |= {"batch norm": "#0072B2", "layer norm": "#009E73", "instance norm": "#CC79A7"}
 TECHNIQUES |= {"lower rate": "#56B4E9", "right labels": "#999999", "group norm": "#994F00", "RMS norm": "#999933"}
-TECHNIQUES |= {"masked batch norm": "#661100"}
+TECHNIQUES |= {"masked batch norm": "#661100", "cosine": "#6699CC", "one-cycle": "#AA4499", "plateau": "#117733"}
 OTHERS = ["#117733", "#AA4499", "#44AA99", "#661100", "#6699CC", "#DDCC77", "#332288"]  # Paul Tol's muted palette
 
 
@@ -44,13 +44,13 @@ def new_figure(title: str, columns: int = 1, height: float = 3.9, share: str = "
 
 
 def by_hue(values: xr.DataArray, hue: str | None) -> list[tuple[str, object, xr.Dataset]]:
-    """For each value of `hue`, or for the whole, its label, its colour, and its means with intervals. A technique has
-    a colour of its own, numbers go from pale to dark, other words take turns.
-    """
+    """For each value of `hue`, or the whole: label, colour (a technique's own; numbers pale to dark), interval."""
     if hue is None:
         return [("", "black", interval(values))]
-    labels, others = values[hue].values.tolist(), iter(OTHERS * values[hue].size)
-    colours = [TECHNIQUES.get(label) or next(others) for label in labels]
+    labels = values[hue].values.tolist()
+    own = [TECHNIQUES.get(label) for label in labels]
+    others = iter([colour for colour in OTHERS if colour not in own] * len(labels))
+    colours = [colour or next(others) for colour in own]
     if all(isinstance(label, (int, float)) for label in labels):
         colours = colormaps["viridis_r"](np.linspace(0.2, 1, len(labels))).tolist()
     return [(words(each), colours[i], interval(values.sel({hue: each}))) for i, each in enumerate(labels)]

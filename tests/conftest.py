@@ -14,6 +14,7 @@ REWRITTEN = [
     "15_regularization_techniques_detailed",
     "16_batch_normalization",
     "17_batch_normalization_detailed",
+    "18_learning_rate_scheduling",
 ]
 FIRST = [lesson for lesson in LESSONS if lesson not in REWRITTEN]
 FURTHER_SCRIPTS = sorted((ROOT / "further").glob("[a-z]*.py"))
