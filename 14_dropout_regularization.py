@@ -8,7 +8,7 @@
 # **Afterwards you can** put dropout into your own training loop; say what `model.train()` and
 # `model.eval()` change; detect overfitting from curves; choose p; tell when dropout helps or hurts.
 #
-# **Time**: 28 minutes of reading (1,928 words at 200 a minute, 225 lines of code at 12), an hour
+# **Time**: 28 minutes of reading (1,922 words at 200 a minute, 225 lines of code at 12), an hour
 # with a run, its tables and its figures. A run takes 20 seconds on two CPU cores and downloads
 # nothing: the data are 1,797 real handwritten digits of 8 × 8 pixels, from scikit-learn. **You
 # need** one PyTorch training loop behind you. **Paper**: Srivastava et al. 2014, *Dropout* (JMLR).
@@ -143,7 +143,7 @@ def your_own_loop(lab: Lab) -> None:
 #
 # The last column gives away what the experiments measured, and in brackets the verdicts behind it.
 #
-# | you set | usual advice | what we measured on digits |
+# | you set | usual advice | what we measured on digits [verdict] |
 # | :-- | :-- | :-- |
 # | p, shallow | 0.1 to 0.2 | wrong labels: too low, 0.7 was best [which_p-1 does not hold] |
 # | p, deep | 0.3 to 0.5 | wrong labels: right [which_p-2 holds] |
@@ -465,7 +465,7 @@ def redundancy(lab: Lab) -> None:
 #
 # ## Exercises
 #
-# Guess, change the line, run again; answers from runs: `exercises/14_dropout_regularization.md`.
+# Guess, change the line, run again. Answers: `exercises/14_dropout_regularization.md`.
 #
 # 1. Make all labels right: `wrong_labels: float = 0.0` in `network`. What is left of the gains?
 # 2. Put dropout on the image, too: `layers = [nn.Flatten(), Dropout(0.2)]` in `mlp`. Does it help?

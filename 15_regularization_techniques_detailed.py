@@ -419,8 +419,8 @@ def augmentation(lab: Lab) -> None:
     fewer = (gain.sel(images="few") - gain.sel(images="4 × as many")).mean("labels")
     lab.claim("Fewer images: augmentation adds 3 points more", ADVICE, fewer, above=3)
     kinds = {"none": [cross_entropy], "mirrored": [mirrored]}
-    mirror = lab.study(at_own_rate, kind=kinds, labels=(0.0,), times=(1,), tune=tune).squeeze()
-    cost = lab.gain(mirror.test_accuracy, kind="none").sel(kind="mirrored")
+    mirror = lab.study(at_own_rate, kind=kinds, labels=(0.0,), times=(1,), tune=tune)
+    cost = lab.gain(mirror.test_accuracy, kind="none").sel(kind="mirrored", labels=0.0, times=1)
     lab.claim("Mirrored digits cost accuracy", ADVICE, cost, below=-0.5)
 
 

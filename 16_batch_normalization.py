@@ -8,7 +8,7 @@
 # **Afterwards you can** put batch norm into your own training loop, for vectors and images; say
 # which numbers it uses in `train()` and `eval()` mode; say what it does for depth, rate and start.
 #
-# **Time**: 32 minutes of reading (1,702 words at 200 a minute, 276 lines of code at 12), 70 with a
+# **Time**: 31 minutes of reading (1,696 words at 200 a minute, 276 lines of code at 12), 70 with a
 # run, its tables and its figures. A run takes a minute on two CPU cores and downloads nothing.
 # **You need** lesson 14 for `train()` and `eval()`. **Papers**: Ioffe & Szegedy 2015, *Batch
 # normalization* (arXiv 1502.03167); van Laarhoven 2017 on scale (arXiv 1706.05350).
@@ -161,7 +161,7 @@ def your_own_loop(lab: Lab) -> None:
 #
 # ## How to use it
 #
-# | you set | usual advice | what we measured on digits, and the verdicts behind it |
+# | you set | usual advice | what we measured on digits [verdict] |
 # | :-- | :-- | :-- |
 # | depth | deep networks need it | some help [depth-1 holds], not this [depth-3 does not hold] |
 # | rate | far higher is possible | yes [rates-1 holds]; gain: a point, perhaps [rates-2 unclear] |
@@ -504,7 +504,7 @@ def modes(lab: Lab) -> None:
 #
 # ## Exercises
 #
-# Guess, change the line, run again; answers from runs: `exercises/16_batch_normalization.md`.
+# Guess, change the line, run again. Answers: `exercises/16_batch_normalization.md`.
 #
 # 1. Adam, in `network`: `partial(torch.optim.Adam, lr=rate / 10, fused=True)`. Is depth easier?
 # 2. Wrong labels, in `network`: `examples=200, label_noise=0.2`. Does batch norm now gain accuracy?

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from common.statistics import interval
 
 # Okabe & Ito's colour-blind-safe palette for techniques, the same throughout the level; the baseline is black.
-TECHNIQUES = dict.fromkeys(["none", "no dropout", "no norm", "plain", "constant"], "black")
-TECHNIQUES |= {"dropout": "#D55E00", "weight decay": "#E69F00", "StepLR": "#332288"}
-TECHNIQUES |= {"batch norm": "#0072B2", "layer norm": "#009E73", "instance norm": "#CC79A7"}
+TECHNIQUES = dict.fromkeys(["none", "no dropout", "no norm", "plain", "constant", "PyTorch's"], "black")
+TECHNIQUES |= {"dropout": "#D55E00", "weight decay": "#E69F00", "StepLR": "#332288", "Xavier": "#882255"}
+TECHNIQUES |= {"batch norm": "#0072B2", "layer norm": "#009E73", "instance norm": "#CC79A7", "He": "#44AA99"}
 TECHNIQUES |= {"lower rate": "#56B4E9", "right labels": "#999999", "group norm": "#994F00", "RMS norm": "#999933"}
 TECHNIQUES |= {"masked batch norm": "#661100", "cosine": "#6699CC", "one-cycle": "#AA4499", "plateau": "#117733"}
 OTHERS = ["#117733", "#AA4499", "#44AA99", "#661100", "#6699CC", "#DDCC77", "#332288"]  # Paul Tol's muted palette

@@ -4,7 +4,6 @@ What is chosen by hand is in docs/editorial.py. A sentence there names the verdi
 reference run overturns one, this refuses to write, and the sentence must go.
 """
 
-import io
 import json
 import re
 import sys
@@ -12,11 +11,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from common import report
-from common.first.report import Table, print_table
-from common.first.report import measured as measured_before
+from common.report import measured
 from common.statistics import FAILS, HOLDS, UNCLEAR
 from docs.editorial import CHEAT_SHEET, CRITICAL, FINDINGS, LESSONS
 from docs.record import ROOT
@@ -30,21 +25,8 @@ def load_results(root: Path = ROOT, dataset: str = "digits") -> dict[str, Record
     folder = root / "results" / ("" if dataset == "digits" else dataset)
     found = {}
     for path in sorted(folder.glob("[0-9][0-9]_*/results.json")):
-        record = found[path.parent.name] = json.loads(path.read_text(encoding="utf-8"))
-        for claim in record["claims"]:  # the first edition said "holds here"
-            claim["verdict"] = claim["verdict"].removesuffix(" here")
-            claim["second"] = not is_first_edition(record)
+        found[path.parent.name] = json.loads(path.read_text(encoding="utf-8"))
     return found
-
-
-def is_first_edition(record: Record) -> bool:
-    """Whether a record was made by the first edition's laboratory."""
-    return "cpu" in record["environment"]
-
-
-def measured(claim: Record) -> str:
-    """A claim's effect with its interval and unit, as its own edition writes it."""
-    return report.measured(claim) if claim.get("second") else measured_before(claim)
 
 
 def reference(record: Record) -> str:
@@ -52,28 +34,18 @@ def reference(record: Record) -> str:
     settings, machine = record["settings"], record["environment"]
     seeds = f"seeds {settings['seeds'][0]} to {settings['seeds'][-1]}"
     versions = f"Python {machine['python']}, PyTorch {machine['torch']}"
-    computer = machine["cpu"] if is_first_edition(record) else machine["machine"]
-    larger = settings.get("larger", 1)
-    size = f", training sets {larger} times as large" if larger != 1 and not is_first_edition(record) else ""
+    larger = settings["larger"]
+    size = f", training sets {larger} times as large" if larger != 1 else ""
     return (
         f"The reference run: {settings['dataset']}{size}, {seeds}, {record['seconds']:.0f} s after start-up on "
-        f"{computer}, {versions}."
+        f"{machine['machine']}, {versions}."
     )
 
 
 def excerpt(record: Record, name: str) -> str:
-    """What the terminal shows of one experiment: its question, tables and findings, 80 columns wide."""
-    entry, stream = record["experiments"][name], io.StringIO()
-    if not is_first_edition(record):
-        return f"```text\n{textwrap.fill(entry['question'], 80)}\n{entry['printed'].strip()}\n```"
-    console = Console(file=stream, width=80)
-    console.print(entry["question"], f"\nvaries: {', '.join(entry['varies'])}", markup=False, highlight=False)
-    for table in entry["table"]:
-        print_table(console, Table(table["title"], table["columns"], table["rows"]))
-    for finding in entry["findings"]:
-        console.print(f"• {finding}", markup=False, highlight=False)
-    lines = [line.rstrip() for line in stream.getvalue().splitlines()]
-    return "```text\n" + re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n```"
+    """What the terminal shows of one experiment: its question, tables and verdicts, 80 columns wide."""
+    entry = record["experiments"][name]
+    return f"```text\n{textwrap.fill(entry['question'], 80)}\n{entry['printed'].strip()}\n```"
 
 
 def two_verdicts(record: Record, other: Record) -> list[tuple[Record, Record]]:

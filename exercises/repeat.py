@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.data import LessonError
-from common.first.report import source_hash
 from docs.record import ROOT, environment, write_whole
 
 FOLDER = ROOT / "exercises"
@@ -79,10 +78,8 @@ def run(exercise: Exercise, more: list[str]) -> tuple[int, Path]:
 
 
 def source_of(lesson: str) -> str:
-    """The hash of the code that decides a lesson's numbers, as its own edition makes it."""
-    script = ROOT / f"{lesson}.py"
-    first = "common.first" in script.read_text(encoding="utf-8")
-    return source_hash(lesson) if first else environment("cpu", script)["source"]
+    """The hash of the code that decides a lesson's numbers."""
+    return environment("cpu", ROOT / f"{lesson}.py")["source"]
 
 
 def keep(exercise: Exercise, folder: Path) -> None:

@@ -8,15 +8,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = sorted(path.stem for path in ROOT.glob("[0-9][0-9]_*.py"))
-# The parts of the second edition, which keep its limits. The list grows to all lessons; then the first edition goes.
-REWRITTEN = [
-    "14_dropout_regularization",
-    "15_regularization_techniques_detailed",
-    "16_batch_normalization",
-    "17_batch_normalization_detailed",
-    "18_learning_rate_scheduling",
-]
-FIRST = [lesson for lesson in LESSONS if lesson not in REWRITTEN]
 FURTHER_SCRIPTS = sorted((ROOT / "further").glob("[a-z]*.py"))
 
 

@@ -9,12 +9,12 @@ from functools import partial
 
 import numpy as np
 import pytest
-import second_recipes as small
+import recipes as small
 import torch
 import xarray as xr
 from matplotlib.colors import to_hex
 from PIL import Image
-from second_recipes import DIVERGES, SMALL
+from recipes import DIVERGES, SMALL
 from torch import nn, optim
 
 from common import lab as laboratory

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from second_recipes import DIVERGES, SMALL, tensors
+from recipes import DIVERGES, SMALL, tensors
 
 from common import data
 from common import lab as laboratory

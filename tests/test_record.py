@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from second_recipes import DIVERGES, SMALL
+from recipes import DIVERGES, SMALL
 
 from common.data import FOLDER
 from common.lab import Lab
@@ -484,9 +484,9 @@ def test_prose_is_the_heading_and_the_text_below_an_experiment(run):
 
 
 def test_prose_finds_every_experiment_of_the_rewritten_lessons():
-    from conftest import REWRITTEN, load_lesson
+    from conftest import LESSONS, load_lesson
 
-    for lesson in REWRITTEN:
+    for lesson in LESSONS:
         found = prose(ROOT / f"{lesson}.py")
         assert list(found) == list(load_lesson(lesson).lesson.experiments)
         assert all(heading for heading, _ in found.values())

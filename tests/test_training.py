@@ -9,10 +9,10 @@ from functools import partial
 
 import numpy as np
 import pytest
-import second_recipes as small
+import recipes as small
 import torch
 import torch.nn.functional as F
-from second_recipes import DIVERGES, SGD, SMALL
+from recipes import DIVERGES, SGD, SMALL
 from torch import nn, optim
 from torch.optim.lr_scheduler import ExponentialLR, LinearLR, OneCycleLR, ReduceLROnPlateau
 from torch.utils._python_dispatch import TorchDispatchMode

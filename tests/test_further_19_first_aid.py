@@ -1,0 +1,381 @@
+"""further/first_aid.py: what it finds in sick and healthy networks, that it leaves no trace, and what it survives."""
+
+import math
+from copy import deepcopy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import load_script
+from torch import nn
+
+from common.data import Split, Task, load, make_split
+from common.training import fit
+
+TASK = Task((1, 8, 8), 10)
+
+
+@pytest.fixture
+def aid():
+    return load_script("further/first_aid.py")
+
+
+def batch(count: int = 100):
+    x, y = make_split(load("digits"), 0, 400).train
+    return x[:count], y[:count]
+
+
+def he(layer: nn.Module, gain: float = 1.0) -> None:
+    nn.init.kaiming_normal_(layer.weight)
+    layer.weight.data *= gain
+
+
+START = {
+    "healthy": he,
+    "vanishing": partial(he, gain=0.4),
+    "exploding": lambda layer: nn.init.normal_(layer.weight),
+    "symmetric": lambda layer: nn.init.constant_(layer.weight, 0.02),
+    "dead units": he,
+}
+
+
+def patient(fault: str, depth: int = 20, width: int = 64, activation: type = nn.ReLU, convolutions: bool = False):
+    """A network with a fault that was put in, and the layers in which it was."""
+    new, inputs = (partial(nn.Conv2d, kernel_size=3, padding=1), 1) if convolutions else (nn.Linear, 64)
+    layers = []
+    for _ in range(depth):
+        layers.append(new(inputs, width))
+        inputs = width
+    layers.append(nn.Linear(width * (64 if convolutions else 1), 10))
+    for layer in layers:
+        START[fault](layer)
+        nn.init.zeros_(layer.bias)
+    if fault == "dead units":
+        nn.init.constant_(layers[depth // 2].bias, -10.0)
+    elif fault == "healthy":
+        layers[-1].weight.data *= 0.1
+    flow = [module for layer in layers[:-1] for module in (layer, activation())]
+    return nn.Sequential(*([] if convolutions else [nn.Flatten()]), *flow, nn.Flatten(), layers[-1])
+
+
+BODIES = {
+    "of the thresholds": {},
+    "shallower": {"depth": 10},
+    "deeper": {"depth": 40},
+    "narrow": {"width": 16},
+    "GELU": {"activation": nn.GELU},
+    "convolutions": {"convolutions": True, "width": 8, "depth": 12},
+}
+
+
+@pytest.mark.parametrize("fault", list(START))
+@pytest.mark.parametrize("body", list(BODIES))
+def test_the_fault_that_was_put_in_is_named_first(aid, body, fault):
+    for seed in range(2):
+        torch.manual_seed(seed)
+        report = aid.first_aid(patient(fault, **BODIES[body]), *batch())
+        assert report.cause == fault
+        assert (list(report.findings) == ["healthy"]) == (fault == "healthy")
+
+
+def test_the_layer_is_named(aid):
+    torch.manual_seed(0)
+    model = patient("healthy", depth=4)
+    nn.init.constant_(model[3].bias[:60], -100.0)  # all but 4 of 64 units of the second layer
+    report = aid.first_aid(model, *batch())
+    assert report.cause == "dead units"
+    assert report.findings["dead units"].startswith("Only zeros reach 5.")  # the layer that gets zeros
+    assert 60 / 64 <= report.layers[2].dead < 1
+    model = patient("healthy", depth=4)
+    for layer in (model[1], model[3]):
+        nn.init.constant_(layer.weight, 0.1)
+    report = aid.first_aid(model, *batch())
+    assert report.findings["symmetric"].startswith("Units of 1 are")
+    assert report.layers[0].distinct == 1 / 64
+    assert report.layers[1].distinct == 1  # their gradients differ: they will part
+
+
+def test_other_faults(aid):
+    torch.manual_seed(0)
+    model = patient("healthy", depth=3)
+    model[-1].weight.data *= 200
+    assert list(aid.first_aid(model, *batch()).findings) == ["overconfident"]
+    for activation in (nn.Tanh, nn.Sigmoid):
+        full = patient("healthy", depth=2, activation=activation)
+        for layer in (full[1], full[3]):
+            layer.weight.data *= 1000
+        assert aid.first_aid(full, *batch()).cause == "saturated"
+    assert aid.first_aid(patient("exploding", depth=60), *batch()).cause == "exploding"  # overflows
+    zeros = patient("healthy", depth=3)
+    for parameter in zeros.parameters():
+        nn.init.zeros_(parameter)
+    assert aid.first_aid(zeros, *batch()).cause == "symmetric"
+    x, y = batch()
+    broken = x.clone()
+    broken[3, 0, 2, 2] = math.nan
+    model = patient("healthy", depth=3)
+    for inputs, labels in ((broken, y), (x[:1].expand(100, -1, -1, -1), y), (x, torch.zeros_like(y))):
+        assert aid.first_aid(model, inputs, labels).cause == "bad batch"
+
+
+def test_starts_that_are_zero_on_purpose_are_healthy(aid):
+    torch.manual_seed(0)
+    model = patient("healthy", depth=4)
+    nn.init.zeros_(model[-1].weight)
+    assert aid.first_aid(model, *batch()).cause == "healthy"
+    x, y = batch()
+    binary = (x > 0).float()
+    assert aid.first_aid(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), binary, y).cause == "healthy"
+
+
+def test_the_step_is_that_of_the_optimiser_and_both_stay_as_they_are(aid):
+    torch.manual_seed(0)
+    model = patient("healthy", depth=2)
+    x, y = batch()
+    adam = torch.optim.Adam(model.parameters(), lr=0.003)
+    F.cross_entropy(model(x), y).backward()  # gradients, and a state, that a loop has left
+    adam.step()
+    weights, state, gradients = deepcopy((model.state_dict(), adam.state_dict(), [p.grad for p in model.parameters()]))
+    for rate, cause in ((1e-3, "healthy"), (1e-9, "rate"), (1.0, "rate")):
+        adam.param_groups[0]["lr"] = rate
+        assert aid.first_aid(model, x, y, adam).cause == cause
+        make = partial(torch.optim.Adam, lr=rate)
+        assert aid.first_aid(model, x, y, make).cause == cause
+    adam.param_groups[0]["lr"] = 0.003
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert str(adam.state_dict()) == str(state)
+    assert all(torch.equal(p.grad, each) for p, each in zip(model.parameters(), gradients, strict=True))
+    told = aid.first_aid(model, x, y, partial(torch.optim.SGD, lr=50.0)).findings["rate"]
+    vector = torch.nn.utils.parameters_to_vector
+    before = vector(model.parameters()).detach()
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    moved = 50 * vector([p.grad for p in model.parameters()]).norm() / before.norm()
+    assert f"by {moved:.0e} of" in told
+
+
+def test_the_numbers_are_what_they_are_called(aid):
+    torch.manual_seed(0)
+    model = patient("healthy", depth=2)
+    x, y = batch()
+    report = aid.first_aid(model, x, y)
+    z1 = model[1](x.flatten(1))
+    z2 = model[3](z1.relu())
+    logits = model[-1](z2.relu())
+    loss = F.cross_entropy(logits, y)
+    gradients = torch.autograd.grad(loss, [z1, z2, logits])
+    assert report.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert report.guessing == pytest.approx(math.log(10))
+    assert [layer.name for layer in report.layers] == ["1", "3", "6"]
+    inputs = [x.flatten(1), z1.relu(), z2.relu()]
+    for layer, h, gradient in zip(report.layers, inputs, gradients, strict=True):
+        assert layer.difference == pytest.approx(h.var(0, correction=0).mean().sqrt().item(), rel=1e-4)
+        assert layer.dead == pytest.approx((h == 0).all(0).float().mean().item())
+        low, high = ((each < 0.0125 * (h.max() - h.min())).float().mean() for each in (h - h.min(), h.max() - h))
+        assert layer.flat == pytest.approx((low + high).item() if min(low, high) > 0.05 else 0, abs=1e-3)
+        assert layer.gradient == pytest.approx(gradient.norm(dim=1).mean().item(), rel=1e-4)
+        assert layer.distinct == 1
+
+
+def test_sparse_activations_are_not_saturated(aid):
+    """More than nine tenths of the ReLU's outputs are zero, which is one end of their range; none is at the other."""
+    torch.manual_seed(0)
+    model = patient("healthy", depth=2)
+    nn.init.constant_(model[1].bias, -2.2)
+    x, y = batch()
+    hidden = model[2](model[1](model[0](x)))
+    assert 0.9 < (hidden == 0).float().mean() < 0.99
+    assert aid.first_aid(model, x, y).layers[1].flat == 0
+    assert "saturated" not in aid.first_aid(model, x, y).findings
+
+
+def test_inputs_that_nobody_standardised_are_named(aid):
+    torch.manual_seed(0)
+    x, y = batch()
+    assert aid.first_aid(patient("healthy"), 100 * x, y).cause == "input scale"
+    assert aid.first_aid(patient("healthy"), 10 * x, y).cause != "input scale"
+
+
+class Mixed(nn.Module):
+    """What a learner may bring: a norm, in-place activations, dropout, frozen, shared and unused layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8)), nn.ReLU(inplace=True))
+        self.first.requires_grad_(False)
+        self.frozen = nn.Conv2d(8, 16, 3).requires_grad_(False)
+        self.shared, self.unused, self.out = nn.Linear(256, 256), nn.Linear(3, 3), nn.Linear(256, 10)
+        self.dropout = nn.Dropout(0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.frozen(input=self.first(x)), inplace=True).flatten(1)
+        x = self.shared(x).relu_()
+        x = self.shared(x).relu_()
+        self.unused(x[:, :3])
+        return self.out(self.dropout(x))
+
+
+def test_a_mixed_network_is_examined_and_keeps_no_trace(aid):
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    model.first[1].register_forward_hook(lambda *_: None)
+    before, state = deepcopy(model.state_dict()), torch.get_rng_state()
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    with torch.no_grad():
+        report = aid.first_aid(model, *batch())
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    assert [layer.name for layer in report.layers] == ["first.0.0", "frozen", "shared", "shared", "out"]
+    assert report.cause == "healthy"
+    torch.manual_seed(0)
+    expected = F.cross_entropy(deepcopy(model).train()(batch()[0]), batch()[1])
+    torch.manual_seed(0)
+    assert aid.first_aid(model, *batch()).loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        self.into, self.encoder, self.out = nn.Linear(8, 32), nn.TransformerEncoder(layer, 2), nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.encoder(self.into(x[:, 0])).mean(1))
+
+
+def test_networks_with_attention_and_a_resnet_are_healthy(aid):
+    torch.manual_seed(0)
+    report = aid.first_aid(Attention().eval(), *batch())
+    assert report.cause == "healthy"
+    assert len(report.layers) == 6  # the projections of attention are called as functions: they are not seen
+    models = pytest.importorskip("torchvision.models")
+    report = aid.first_aid(models.resnet18(weights=None), torch.randn(16, 3, 64, 64), torch.arange(16))
+    assert (report.cause, len(report.layers)) == ("healthy", 21)
+
+
+def test_other_shapes(aid):
+    torch.manual_seed(0)
+    x, y = batch()
+    rows = nn.Sequential(nn.Flatten(1, 2), nn.Linear(8, 32), nn.SiLU(), nn.Flatten(), nn.Linear(256, 10))
+    assert aid.first_aid(rows, x, y).cause == "healthy"
+    assert aid.first_aid(deepcopy(rows).double(), x.double(), y).cause == "healthy"
+    pixels = aid.first_aid(nn.Conv2d(1, 10, 1), x, y[:, None, None].expand(-1, 8, 8))
+    assert [layer.name for layer in pixels.layers] == [""]
+
+
+def test_what_cannot_be_examined_is_said_in_one_line(aid):
+    x, y = batch()
+    flat = nn.Flatten()
+    for model, labels in (
+        (nn.Sequential(nn.Flatten(1, 2), nn.Linear(8, 10)), y),
+        (nn.Sequential(flat, nn.Linear(64, 5)), y),
+        (nn.Sequential(flat, nn.Linear(64, 1), nn.Flatten(0)), y),
+        (nn.Sequential(flat, nn.LSTM(64, 10)), y),
+        (nn.Sequential(flat, nn.Linear(64, 10)), y.float()),
+    ):
+        with pytest.raises(ValueError, match=r"^wanted logits \(N, classes, …\) that fit labels \(100,\)$"):
+            aid.first_aid(model, x, labels)
+
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.scale = nn.Linear(64, 10), nn.Parameter(torch.ones(64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                self.layer(x.flatten(1))
+            return x.flatten(1) * self.scale
+
+    for model in (Unused(), nn.Sequential(flat, nn.LayerNorm(64)), flat):
+        with pytest.raises(ValueError, match=r"^the loss depends on no linear or convolutional layer$"):
+            aid.first_aid(model, x, y)
+
+
+def test_a_report_is_narrow_and_short(aid):
+    torch.manual_seed(0)
+    for depth, rows in ((19, 20), (20, 20), (60, 20)):
+        report = aid.first_aid(patient("vanishing", depth=depth), *batch(), partial(torch.optim.SGD, lr=1e-9))
+        lines = str(report).splitlines()
+        assert max(map(len, lines)) <= 80
+        assert len(lines) == 2 + rows + 2
+        assert lines[0] == "loss 2.3; guessing costs 2.3"
+        assert ("…" in lines) == (depth > 19)
+        assert [line.split()[0] for line in (lines[2], lines[21])] == ["1", str(2 * depth + 2)]
+        assert [line.partition(":")[0] for line in lines[-2:]] == ["vanishing", "rate"]
+    long = nn.Sequential()
+    long.add_module("a_name_that_is_longer_than_any_table_is_wide", nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+    assert max(map(len, str(aid.first_aid(long, *batch())).splitlines())) <= 80
+    layer = aid.SimpleNamespace(name="a.b", difference=0.25, dead=0.125, flat=0.5, gradient=3e-4, distinct=1.0)
+    line = str(aid.Report("rate", {"rate": "words"}, 2.5, 2.302585, [layer])).splitlines()[2]
+    assert line.split() == ["a.b", "2e-01", "12%", "50%", "3e-04", "100%"]
+    heads = str(aid.Report("rate", {"rate": "words"}, 2.5, 2.302585, [layer])).splitlines()[1]
+    assert heads.split() == ["layer", "difference", "dead", "flat", "gradient", "distinct"]
+    assert len(heads) == len(line)
+
+
+def test_each_threshold(aid):
+    """Each rule alone, just within its threshold and just beyond."""
+    plain = {"difference": 1.0, "dead": 0.1, "flat": 0.5, "gradient": 1.0, "distinct": 1.0}
+    x, y = batch()
+
+    def causes(where: int = 0, loss: float = 1.0, step: float = 1e-3, **changes) -> list[str]:
+        layers = [aid.SimpleNamespace(name=str(i), **plain) for i in range(3)]
+        vars(layers[where]).update(changes)
+        return list(aid.diagnose(layers, x, y, loss, step))
+
+    for wrong, right, cause in (
+        ({"where": -1, "difference": 1.1e3}, {"where": -1, "difference": 0.9e3}, "exploding"),
+        ({"where": 0, "gradient": 1.1e3}, {"where": -1, "gradient": 1e9}, "exploding"),
+        ({"loss": math.nan}, {"loss": 1.9}, "exploding"),
+        ({"where": -1, "difference": 0.9e-3}, {"where": -1, "difference": 1.1e-3}, "vanishing"),
+        ({"where": 0, "gradient": 0.9e-3}, {"where": 0, "gradient": 1.1e-3}, "vanishing"),
+        ({"where": 1, "distinct": 0.49}, {"where": 1, "distinct": 0.51}, "symmetric"),
+        ({"where": 0, "distinct": 0.49}, {"where": -1, "distinct": 0.1}, "symmetric"),
+        ({"where": 1, "dead": 0.91, "flat": 0.95}, {"where": 0, "dead": 0.95}, "dead units"),
+        ({"where": 1, "flat": 0.91}, {"where": 1, "flat": 0.89}, "saturated"),
+        ({"where": 2, "flat": 0.91}, {"where": 0, "flat": 0.95}, "saturated"),
+        ({"loss": 2.1}, {"loss": 1.9}, "overconfident"),
+        ({"step": 0.11}, {"step": 0.09}, "rate"),
+        ({"step": 0.9e-5}, {"step": 1.1e-5}, "rate"),
+    ):
+        assert causes(**wrong) == [cause], wrong
+        assert causes(**right) == ["healthy"], right
+
+
+def test_the_networks_of_the_experiment(aid):
+    torch.manual_seed(0)
+    model = aid.network(2.0, nn.Tanh).model(Task((3, 4, 8), 7))
+    linear = [layer for layer in model if isinstance(layer, nn.Linear)]
+    assert [(layer.in_features, layer.out_features) for layer in linear] == [(96, 64), *[(64, 64)] * 11, (64, 7)]
+    assert sum(isinstance(layer, nn.Tanh) for layer in model) == 12
+    assert all(
+        layer.weight.std().item() == pytest.approx(2 * math.sqrt(2 / layer.in_features), rel=0.1) for layer in linear
+    )
+    assert not any(layer.bias.any() for layer in linear)
+    recipe = aid.network(1.0, nn.ReLU, 0.002, 20)
+    assert (recipe.epochs, recipe.examples, recipe.optimizer.keywords["lr"]) == (20, 400, 0.002)
+    assert aid.network(1.0, nn.ReLU).epochs == 0
+
+
+def test_the_look_is_first_aid_on_the_first_100_images_before_training(aid):
+    def look(model: nn.Module, split: Split) -> dict[str, float]:
+        report = aid.first_aid(model, *(each[:100] for each in split.train))
+        return aid.look(model, split) | {"cause": report.cause, "loss": report.loss}
+
+    for recipe, cause in (
+        (aid.network(0.5, nn.ReLU), "vanishing"),
+        (aid.network(1.4, nn.ReLU), "overconfident"),
+        (aid.network(2.0, nn.ReLU), "exploding"),
+        (aid.network(1.0, nn.Tanh), "healthy"),
+    ):
+        ((arrays, notes),) = fit(recipe, [3, 4], inspect=look)
+        assert arrays["seconds"][2]["alone"] == ""
+        for note in notes:
+            assert note["cause"] == cause
+            assert math.isfinite(note["loss"])
+        found = fit(recipe, [3], inspect=aid.look)[0][1][0]
+        assert [name for name, named in zip(found["cause"][1], found["named"][1], strict=True) if named] == [cause]
