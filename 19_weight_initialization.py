@@ -7,7 +7,7 @@
 # **Afterwards you can** derive the variances of LeCun, Xavier and He; initialise a network of your
 # own; tell vanishing, exploding and symmetric networks apart; say when PyTorch's default will do.
 #
-# **Time**: 30 minutes of reading (1,573 words at 200 a minute, 268 lines of code at 12), an hour
+# **Time**: 30 minutes of reading (1,571 words at 200 a minute, 268 lines of code at 12), an hour
 # with a run, which takes a minute on two CPU cores. **You need** a training loop, lesson 16 for
 # batch norm. **Papers**: Glorot & Bengio 2010, He et al. 2015, LeCun et al. 1998.
 
@@ -152,8 +152,8 @@ def your_own_loop(lab: Lab) -> None:
 # | what | variance | said to be for | in `nn.init` | what we measured on digits [verdict] |
 # | :-- | :-- | :-- | :-- | :-- |
 # | He | 2/n | ReLU | `kaiming_normal_(w)` | trains 20 layers [depth-2 holds] |
-# | Xavier | 2/(n + m) | tanh | `xavier_normal_(w)` | like He's [activations-2 does not hold] |
-# | LeCun | 1/n | SELU | `normal_(w, std=n**-0.5)` | like He's [activations-3 does not hold] |
+# | Xavier | 2/(n+m) | tanh | `xavier_normal_(w)` | tanh: like He's [activations-2 does not hold] |
+# | LeCun | 1/n | SELU | `normal_(w, std=n**-0.5)` | SELU: like He's [activations-3 does not hold] |
 # | PyTorch's | 1/(3n) | all | `kaiming_uniform_(w, 5**0.5)` | two layers [depth-4 holds] |
 # | zeros | 0 | nothing | `zeros_(w)` | harmless in the last layer [symmetry-3 does not hold] |
 #
@@ -163,7 +163,7 @@ def your_own_loop(lab: Lab) -> None:
 #
 # 400 digits; ten hidden layers of 64 ReLU units, unless said; biases of zero, except in PyTorch's
 # own; SGD with momentum 0.9, 256 steps in batches of 25; ten seeds, each arm at its own learning
-# rate, chosen on validation images of others. In all layers but the last Xavier's is LeCun's.
+# rate, chosen on other seeds' validation images. But in the last layer n = m: Xavier's is LeCun's.
 
 
 # %%
@@ -260,17 +260,17 @@ def signal(lab: Lab) -> None:
 
 
 # %% [markdown]
-# **What we saw.** With ReLU each layer multiplies: straight lines (till a computer's digits end, at
-# 1e-17). Only He's is level there: sizes stay, differences lose 0.81 decades [signal-1 holds],
-# for ReLU makes images alike. PyTorch's gradient loses 19.21. Large weights saturate tanh, yet its
+# **What we saw.** With ReLU each layer multiplies: straight lines (till, beside biases, a double's
+# digits end: 1e-17). Only He's is level: sizes stay, differences lose 0.81 decades [signal-1 holds]
+# as ReLU makes images alike. PyTorch's gradient loses 19.21. Large weights saturate tanh, yet its
 # gradients explode, by 9.07 [signal-2 does not hold]: what few units pass, large weights multiply.
 # **How far it carries.** Nothing is trained here, so longer training changes nothing.
 #
 # ## 2. What trains?
 #
 # The critical experiment: eight initialisations, each at the best rate of its grid. A run *trains*
-# if it ends with half of its training digits right. `first_aid`, from `further/`, looks at each
-# network before and names a fault. Poor weights, says a guide: "won't train. Period." `randn * 10`?
+# if it ends with half of its training digits right. `first_aid(model, x, y)`, from `further/`,
+# looks at each before and names a fault. Poor weights, says a guide: "won't train. Period." True?
 
 
 # %%
@@ -337,7 +337,7 @@ def zero_output(weight: Tensor) -> Tensor:
 
 
 def distinct_units(model: nn.Module, split: Split) -> dict[str, Any]:
-    """How many of the hidden units are no copies of others: first aid finds out."""
+    """How many different hidden units there are: first aid finds out."""
     return {"distinct_units": 64 * first_aid(model, *split.train).layers[0].distinct}
 
 
@@ -401,7 +401,7 @@ def activations(lab: Lab) -> None:
 
 # %% [markdown]
 # **What we saw.** From He's ReLU outpaces PyTorch's in 10 of 10 seeds [activations-1 holds]. tanh
-# gains nothing by Xavier's [activations-2 does not hold], SELU 1.7 points by LeCun's at the most
+# gains nothing by Xavier's [activations-2 does not hold], SELU 0.7 points by LeCun's, not five
 # [activations-3 does not hold]. Sigmoids train from none [activations-4 does not hold]: their
 # slope, a quarter at most, shrinks the signal (exercise 2). Six layers hardly feel a factor of two
 # in variance; a sixth slows ReLU. **How far it carries.** `--longer 4`: ReLU gets 95 % from all.
@@ -443,7 +443,7 @@ def depth(lab: Lab) -> None:
 # **What we saw.** 20 layers train from He's [depth-2 holds], hardly from Xavier's, 20.1 %. 50
 # stay at chance from Xavier's [depth-1 holds]; from He's they get 27.1 %, 67.2 points less than 5
 # [depth-3 does not hold], perhaps as images get ever more alike. For two layers PyTorch's will
-# do [depth-4 holds]. **How far it carries.** With `--longer 4` 20 layers get 91 % (Xavier's: 62).
+# do [depth-4 holds], for three nearly. **How far it carries.** With `--longer 4` 20 get 91 or 62 %.
 #
 # ## 6. What makes the choice unimportant?
 #

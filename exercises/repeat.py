@@ -102,10 +102,14 @@ def main(arguments: list[str] | None = None) -> int:
     options, more = parser.parse_known_args(arguments)
     try:
         exercise = pick(options.lesson, options.number)
+        if options.keep and more:
+            raise LessonError(f"--keep files the run that the page names; leave out: {' '.join(more)}")
         code, folder = run(exercise, more)
     except LessonError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # the lesson has said so
+        return 130
     if options.keep and code == 0:
         keep(exercise, folder)
     return code

@@ -4,14 +4,14 @@
 # **The question.** A network does not learn. Before you change anything, look at it: one batch, no
 # training. `print(first_aid(model, x, y))` names the likeliest cause. Is it right?
 #
-# **Time**: 13 minutes of reading (330 words at 200 a minute, 136 lines of code at 12). **You need**
+# **Time**: 13 minutes of reading (330 words at 200 a minute, 135 lines of code at 12). **You need**
 # lesson 19. For your own network: `from further.first_aid import first_aid`.
 
 # %%
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from math import log, prod
+from math import log, nan, prod
 from types import SimpleNamespace
 
 import torch
@@ -80,23 +80,22 @@ def watch(model: nn.Module) -> list[SimpleNamespace]:
 
     def look(layer: nn.Module, inputs: tuple, named: dict, output: Tensor) -> Tensor:
         calls.append(call := SimpleNamespace(name=names[layer], gradient=None))
-        x = [*inputs, *named.values()][0].detach().cpu().double()
+        given = [*inputs, *named.values()][0]
+        x, inner = given.detach().cpu().double(), given.requires_grad  # inner: not the images
         call.difference = x.var(0, correction=0).mean().sqrt().item()
-        call.dead = (x == 0).all(0).double().mean().item()
+        call.dead = inner * (x == 0).all(0).double().mean().item()
         margin = 0.0125 * (x.max() - x.min())  # there a tanh has lost 95 % of its slope
         ends = (x < x.min() + margin).double().mean(), (x > x.max() - margin).double().mean()
-        call.flat = sum(ends).item() if min(ends) > 0.05 else 0.0
+        call.flat = sum(ends).item() if inner and min(ends) > 0.05 else 0.0
 
         def look_back(gradient: Tensor) -> None:
             gradient = gradient.cpu().double()
             call.gradient = gradient.flatten(1).norm(dim=1).mean().item()
             unit = -1 if isinstance(layer, nn.Linear) else 1
-            parts = [
-                layer.weight.detach().cpu().flatten(1),
-                gradient[:9].movedim(unit, 0).flatten(1),
-            ]
-            rows = torch.cat([1000 * part / part.abs().max() for part in parts], 1).nan_to_num()
-            call.distinct = len(rows.round().unique(dim=0)) / len(rows)
+            weight, units = layer.weight.detach().cpu(), gradient[:9].movedim(unit, 0)
+            parts = [1000 * part.flatten(1) / part.abs().max() for part in (weight, units)]
+            rows = torch.cat(parts, 1).nan_to_num().round()
+            call.distinct = len(rows.unique(dim=0)) / len(rows)
 
         output = output + output.new_zeros((), requires_grad=True)  # for a frozen layer
         if output.requires_grad:
@@ -112,22 +111,22 @@ def watch(model: nn.Module) -> list[SimpleNamespace]:
 def diagnose(layers: list, x: Tensor, y: Tensor, loss: float, step: float) -> dict[str, str]:
     """The findings of a Report; `loss` in units of that of guessing."""
     first, hidden = layers[0], layers[:-1] or layers
-    later = layers[1:] or [SimpleNamespace(name="", dead=0, flat=0)]  # not the images themselves
-    signal = layers[-1].difference / max(first.difference, 1e-30)
-    back = first.gradient / hidden[-1].gradient if hidden[-1].gradient else 1.0
+    seen = next((layer.difference for layer in layers if layer.difference), 1.0)
+    signal = layers[-1].difference / seen
+    back = first.gradient / hidden[-1].gradient if hidden[-1].gradient else nan
     change = f"Difference × {signal:.0e} on the way, gradient × {back:.0e} back."
     alike = min(hidden, key=lambda layer: layer.distinct)
-    dead, flat = max(later, key=lambda layer: layer.dead), max(later, key=lambda layer: layer.flat)
+    dead, flat = max(layers, key=lambda each: each.dead), max(layers, key=lambda each: each.flat)
     bad = not x.isfinite().all() or (x == x[:1]).all() or (y == y[:1]).all()
     checks = [
         ("bad batch", bad, "Not finite, or all inputs or labels equal. Look at the data."),
         ("input scale", first.difference > 30, "Inputs differ by much. Standardise the data."),
-        ("symmetric", alike.distinct < 0.5, f"Units of {alike.name} are copies. Start at random."),
-        ("dead units", dead.dead > 0.9, f"Only zeros reach {dead.name}. Mind biases and rate."),
+        ("symmetric", alike.distinct < 0.5, f"Layer {alike.name}: equal units. Start at random."),
+        ("dead units", dead.dead > 0.9, f"Layer {dead.name} gets only zeros. Mind biases, rate."),
         ("exploding", not loss < 1e9 or max(signal, back) > 1e3, f"{change} Start smaller."),
-        ("saturated", flat.flat > 0.9 > flat.dead, f"Only ±1 reaches {flat.name}. Start smaller."),
+        ("saturated", flat.flat > 0.9 > flat.dead, f"Layer {flat.name} gets ±1. Start smaller."),
         ("vanishing", min(signal, back) < 1e-3, f"{change} Start larger."),
-        ("overconfident", loss > 2, "Scale the inputs, or start the output layer smaller."),
+        ("overconfident", loss > 2, "Start the output layer smaller; or all, if differences grow."),
         ("rate", not 1e-5 < step < 0.1, f"A step moves the weights by {step:.0e} of their size."),
     ]
     return {cause: what for cause, wrong, what in checks if wrong} or {"healthy": change}
@@ -190,8 +189,8 @@ def does_it_train(lab: Lab) -> None:
 
 
 # %% [markdown]
-# **What we saw.** Trust "healthy" with ReLU [does_it_train-1 holds], not with tanh, which caps the
-# signal: from a gain of 2 all looks healthy, and much is lost [does_it_train-2 does not hold]. A
+# **What we saw.** Trust "healthy" here with ReLU [does_it_train-1 holds], not with tanh, which caps
+# signals: from a gain of 2 all looks healthy, and much is lost [does_it_train-2 does not hold]. A
 # vanishing start costs 24.0 points [does_it_train-3 holds], a first loss far above guessing 10.0
 # [does_it_train-4 does not hold]. **How far it carries.** To fresh seeds and also to `--longer 4`.
 

@@ -125,6 +125,20 @@ def test_only_a_whole_run_is_kept_and_only_when_asked(tmp_path, monkeypatch, wor
     assert calls == kept * [(ALL[0], tmp_path)]
 
 
+def test_no_other_run_is_kept(monkeypatch, capsys):
+    monkeypatch.setattr(exercises, "run", lambda exercise, more: pytest.fail("it ran"))
+    assert main(["14", "1", "--keep", "--quick"]) == 2
+    assert capsys.readouterr().err == "error: --keep files the run that the page names; leave out: --quick\n"
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch):
+    def interrupted(exercise, more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exercises, "run", interrupted)
+    assert main(["14", "1"]) == 130
+
+
 def test_a_run_is_kept_without_its_figures(tmp_path, monkeypatch):
     exercise = ALL[0]
     folder = tmp_path / exercise.lesson

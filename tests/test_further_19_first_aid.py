@@ -85,13 +85,13 @@ def test_the_layer_is_named(aid):
     nn.init.constant_(model[3].bias[:60], -100.0)  # all but 4 of 64 units of the second layer
     report = aid.first_aid(model, *batch())
     assert report.cause == "dead units"
-    assert report.findings["dead units"].startswith("Only zeros reach 5.")  # the layer that gets zeros
+    assert report.findings["dead units"].startswith("Layer 5 gets only zeros.")  # the layer that gets zeros
     assert 60 / 64 <= report.layers[2].dead < 1
     model = patient("healthy", depth=4)
     for layer in (model[1], model[3]):
         nn.init.constant_(layer.weight, 0.1)
     report = aid.first_aid(model, *batch())
-    assert report.findings["symmetric"].startswith("Units of 1 are")
+    assert report.findings["symmetric"].startswith("Layer 1: equal units.")
     assert report.layers[0].distinct == 1 / 64
     assert report.layers[1].distinct == 1  # their gradients differ: they will part
 
@@ -171,9 +171,10 @@ def test_the_numbers_are_what_they_are_called(aid):
     inputs = [x.flatten(1), z1.relu(), z2.relu()]
     for layer, h, gradient in zip(report.layers, inputs, gradients, strict=True):
         assert layer.difference == pytest.approx(h.var(0, correction=0).mean().sqrt().item(), rel=1e-4)
-        assert layer.dead == pytest.approx((h == 0).all(0).float().mean().item())
+        inner = h is not inputs[0]
+        assert layer.dead == pytest.approx(inner * (h == 0).all(0).float().mean().item())
         low, high = ((each < 0.0125 * (h.max() - h.min())).float().mean() for each in (h - h.min(), h.max() - h))
-        assert layer.flat == pytest.approx((low + high).item() if min(low, high) > 0.05 else 0, abs=1e-3)
+        assert layer.flat == pytest.approx((low + high).item() if inner and min(low, high) > 0.05 else 0, abs=1e-3)
         assert layer.gradient == pytest.approx(gradient.norm(dim=1).mean().item(), rel=1e-4)
         assert layer.distinct == 1
 
@@ -195,6 +196,44 @@ def test_inputs_that_nobody_standardised_are_named(aid):
     x, y = batch()
     assert aid.first_aid(patient("healthy"), 100 * x, y).cause == "input scale"
     assert aid.first_aid(patient("healthy"), 10 * x, y).cause != "input scale"
+
+
+class ByRow(nn.Module):
+    """A recurrent network whose first state is zero, as it should be, and whose first row says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.state, self.out = nn.Linear(8, 32), nn.Linear(32, 32), nn.Linear(32, 10)
+        nn.init.orthogonal_(self.state.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = x.new_zeros(len(x), 32)
+        for row in x.squeeze(1).unbind(1):
+            h = torch.tanh(self.rows(row) + self.state(h))
+        return self.out(h)
+
+
+class TwoBranches(nn.Module):
+    """Two layers that see the images themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.out = nn.Linear(64, 32), nn.Linear(64, 32), nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(1)
+        return self.out(torch.cat([self.left(x), self.right(x)], 1).relu())
+
+
+def test_inputs_that_no_weight_decides_are_no_faults(aid):
+    torch.manual_seed(0)
+    x, y = batch()
+    blank = x.clone()
+    blank[:, :, 0] = 0.0
+    assert aid.first_aid(ByRow(), blank, y).cause == "healthy"
+    one_hot = F.one_hot(torch.randint(64, (len(x),)), 64).float()
+    for images in ((x > 0).float(), one_hot):
+        assert aid.first_aid(TwoBranches(), images, y).cause == "healthy"
 
 
 class Mixed(nn.Module):
@@ -335,9 +374,9 @@ def test_each_threshold(aid):
         ({"where": 0, "gradient": 0.9e-3}, {"where": 0, "gradient": 1.1e-3}, "vanishing"),
         ({"where": 1, "distinct": 0.49}, {"where": 1, "distinct": 0.51}, "symmetric"),
         ({"where": 0, "distinct": 0.49}, {"where": -1, "distinct": 0.1}, "symmetric"),
-        ({"where": 1, "dead": 0.91, "flat": 0.95}, {"where": 0, "dead": 0.95}, "dead units"),
-        ({"where": 1, "flat": 0.91}, {"where": 1, "flat": 0.89}, "saturated"),
-        ({"where": 2, "flat": 0.91}, {"where": 0, "flat": 0.95}, "saturated"),
+        ({"where": 1, "dead": 0.91, "flat": 0.95}, {"where": 1, "dead": 0.89}, "dead units"),
+        ({"where": 2, "flat": 0.91}, {"where": 2, "flat": 0.89}, "saturated"),
+        ({"where": 0, "difference": 31.0}, {"where": 0, "difference": 29.0}, "input scale"),
         ({"loss": 2.1}, {"loss": 1.9}, "overconfident"),
         ({"step": 0.11}, {"step": 0.09}, "rate"),
         ({"step": 0.9e-5}, {"step": 1.1e-5}, "rate"),
