@@ -7,7 +7,7 @@
 # **Afterwards you can** derive the variances of LeCun, Xavier and He; initialise a network of your
 # own; tell vanishing, exploding and symmetric networks apart; say when PyTorch's default will do.
 #
-# **Time**: 30 minutes of reading (1,571 words at 200 a minute, 268 lines of code at 12), an hour
+# **Time**: 30 minutes of reading (1,572 words at 200 a minute, 268 lines of code at 12), an hour
 # with a run, which takes a minute on two CPU cores. **You need** a training loop, lesson 16 for
 # batch norm. **Papers**: Glorot & Bengio 2010, He et al. 2015, LeCun et al. 1998.
 
@@ -163,7 +163,7 @@ def your_own_loop(lab: Lab) -> None:
 #
 # 400 digits; ten hidden layers of 64 ReLU units, unless said; biases of zero, except in PyTorch's
 # own; SGD with momentum 0.9, 256 steps in batches of 25; ten seeds, each arm at its own learning
-# rate, chosen on other seeds' validation images. But in the last layer n = m: Xavier's is LeCun's.
+# rate, chosen on other seeds' images. In all layers but the last n = m, and Xavier's is LeCun's.
 
 
 # %%
@@ -319,8 +319,8 @@ def trains(lab: Lab) -> None:
 # **What we saw.** From PyTorch's weights ten layers stay at chance, up to a rate of 1 [trains-1
 # does not hold], and first aid says why: vanishing. Unscaled weights train, at a rate of 1e-10
 # [trains-2 does not hold], but end 46.8 points behind He's on the test [trains-3 holds]. Ten times
-# larger ones are the same network in other units, at 1e-19. With outputs of millions the loss asks
-# only what is right, not how surely; probably that is why they learn their images by heart.
+# larger ones, whose line hides theirs, are the same network in other units, at 1e-19. With outputs
+# of millions the loss asks what is right, not how surely; perhaps they learn by heart for that.
 # **How far it carries.** To `--longer 4`, where Xavier's does as well as He's, and fresh seeds.
 #
 # ## 3. Symmetry

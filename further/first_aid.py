@@ -2,9 +2,9 @@
 # # Further: First aid
 #
 # **The question.** A network does not learn. Before you change anything, look at it: one batch, no
-# training. `print(first_aid(model, x, y))` names the likeliest cause. Is it right?
+# training. `print(first_aid(model, x, y))` names a cause and a remedy. Is it right?
 #
-# **Time**: 13 minutes of reading (330 words at 200 a minute, 135 lines of code at 12). **You need**
+# **Time**: 13 minutes of reading (332 words at 200 a minute, 135 lines of code at 12). **You need**
 # lesson 19. For your own network: `from further.first_aid import first_aid`.
 
 # %%

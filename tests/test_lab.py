@@ -763,6 +763,15 @@ def test_the_baseline_is_black_and_a_technique_keeps_its_colour(baseline):
     assert len(set(many.values())) == 5
 
 
+def test_a_techniques_own_colour_is_no_other_labels():
+    first = plotting.OTHERS[0]
+    assert first in plotting.TECHNIQUES.values()
+    owner = next(name for name, colour in plotting.TECHNIQUES.items() if colour == first)
+    drawn = sweep_of("something else", owner, "another")
+    assert drawn[owner] == first.lower()
+    assert len(set(drawn.values())) == 3
+
+
 def test_dots_and_curves_have_the_same_colours():
     values = array(np.ones((2, 2, 3)), technique=["none", "dropout"], x=[1, 2])
     curves = colours(plotting.lines("x?", [values], "x", "technique", None, even=False))

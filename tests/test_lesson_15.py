@@ -1,7 +1,7 @@
 import json
 import math
 from copy import copy, deepcopy
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from types import SimpleNamespace
@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import xarray as xr
 from conftest import ROOT, load_lesson
+from replay import changes, replay, settings, study
 from scipy.stats import kstest
 from torch import nn
 
-from common import plotting, report, statistics
 from common.data import Batch, Split, Task, load, make_split
-from common.lab import Lab, flatten, labelled, what_varies
+from common.lab import flatten
 from common.training import State, cross_entropy, fit
 
 NAME = "15_regularization_techniques_detailed"
@@ -265,7 +264,7 @@ def test_the_loop_to_copy(lesson, monkeypatch, capsys, replayed):
         assert run.modes == len(run.training) * (10 * [(True, 20)] + [(False, 200), (False, 397)])
     assert (without.calls, three.calls, count) == ([], [(20, 0.5)] * 10 * count, min(best + 4, 12))
     assert (printed, len(without.training)) == ("", 12)
-    lines = replayed.figures["your_own_loop"].axes[0].get_lines()
+    lines = replayed.figures["your_own_loop"][0].axes[0].get_lines()
     assert [line.get_label() for line in lines[1::2]] == ["without", "with"]
     for line, curve in zip(lines, [*without.losses, *three.losses], strict=True):
         assert list(line.get_ydata()) == pytest.approx(curve, rel=1e-3)
@@ -275,60 +274,10 @@ def test_the_loop_to_copy(lesson, monkeypatch, capsys, replayed):
     assert run.loss == pytest.approx([run.training[1], run.validation[1]], rel=1e-4)
 
 
-def study(experiment, which=0):
-    """A study of the reference run, as an xarray Dataset."""
-    stored = RECORD["experiments"][experiment]["studies"][which]
-    runs = xr.Dataset.from_dict({key: stored[key] for key in ("coords", "attrs", "dims", "data_vars")})
-    return runs.assign({name: runs[name].astype(float) for name in runs if runs[name].dtype == object})
-
-
-class Replay(Lab):
-    """A laboratory that trains nothing: each study is the reference run's. What the lesson asks and says is kept."""
-
-    def __init__(self):
-        self.plotting, self.report, self.statistics = plotting, report, statistics
-        self.options, self.judged = SimpleNamespace(seeds=RECORD["settings"]["seeds"], quick=False), []
-        self.asked, self.printed, self.figures = {}, {}, {}
-
-    def study(self, recipe, *, tune=None, inspect=None, **factors):
-        which = len(self.asked[self.name])
-        runs, stored = study(self.name, which), RECORD["experiments"][self.name]["studies"][which]
-        levels = {name: labelled(name, values) for name, values in (factors | (tune or {})).items()}
-        assert all(runs[name].values.tolist() == list(each) for name, each in levels.items())
-        rows = product(*(each.values() for each in levels.values()))
-        recipes = [recipe(**dict(zip(levels, row, strict=True))) for row in rows]
-        self.asked[self.name].append(SimpleNamespace(levels=levels, inspect=inspect, recipes=recipes))
-        varies, held = what_varies(recipes)
-        assert (recipe.__name__, held) == (stored["recipe"], stored["held"])
-        for line in (f"varies: {', '.join(varies)}", *report.choice_lines(runs, list(tune or {}))):
-            self.say(line)
-        return runs
-
-    def figure(self, figure):
-        self.figures[self.name] = figure
-
-
 @pytest.fixture(scope="module")
 def replayed():
     """The lesson's own experiments on the stored results of all networks."""
-    lab = Replay()
-    for lab.name, experiment in load_lesson(NAME).lesson.experiments.items():
-        lab.claims, lab.entry, lab.asked[lab.name] = [], {"question": "", "printed": ""}, []
-        experiment(lab)
-        lab.printed[lab.name] = lab.entry["printed"]
-        lab.judged += lab.claims
-    return lab
-
-
-def settings(recipe):
-    """Every setting of a recipe by name, as text, those of partial functions too."""
-    parts = [flatten(each.name, getattr(recipe, each.name)) for each in fields(recipe)]
-    return {name: text for part in parts for name, text in part.items()}
-
-
-def changes(recipe, base):
-    """The settings in which a recipe differs from another."""
-    return " ".join(map("=".join, sorted(settings(recipe).items() - settings(base).items())))
+    return replay(RECORD)
 
 
 def test_each_technique_changes_one_thing_and_that_by_its_strengths(lesson, replayed):
@@ -357,7 +306,7 @@ def test_each_technique_changes_one_thing_and_that_by_its_strengths(lesson, repl
     for name, technique in (pair for each in asked for pair in each.levels["technique"].items()):
         found[name] = [changes(lesson.variant(technique, i), lesson.network()) for i in range(4)]
     assert list(found.items()) == list(expected.items())
-    chosen = study("line_up").chosen_level
+    chosen = study(RECORD, "line_up").chosen_level
     ones = [found[each][int(chosen.sel(technique=each))] for each in ("augmentation", "dropout", "decay")]
     assert changes(lesson.combination(True, True, True, 1.0), lesson.network()) == " ".join(ones)
 
@@ -408,12 +357,12 @@ def test_all_arms_take_as_many_steps_from_the_same_weights_and_train_as_one_stac
         assert (arrays["seconds"][2]["alone"], np.isfinite(arrays["test_loss"][1]).all()) == ("", True), name
     for experiment in RECORD["experiments"].values():
         assert all(each["data_vars"]["seconds"]["attrs"]["alone"] == "" for each in experiment["studies"])
-    assert study("line_up").train_accuracy.sel(technique="none").min() > 97  # learned, a fifth of them wrong
+    assert study(RECORD, "line_up").train_accuracy.sel(technique="none").min() > 97  # learned, a fifth of them wrong
 
 
 def table(experiment, which=0, metric="test_accuracy"):
     """Means over seeds, computed from the stored numbers, by the labels of the arms."""
-    values = study(experiment, which)[metric]
+    values = study(RECORD, experiment, which)[metric]
     dims = [each for each in values.dims if each != "seed"]
     keys = product(*(values[each].values.tolist() for each in dims))
     return {" ".join(map(str, key)): values.sel(dict(zip(dims, key, strict=True))).values.mean() for key in keys}
@@ -421,13 +370,13 @@ def table(experiment, which=0, metric="test_accuracy"):
 
 def test_the_claims_are_the_differences_that_they_name(replayed):
     """Computed once more from the stored numbers, by other means; and from which value on a claim would hold."""
-    runs = study("detect").sel(patience=0).transpose("labels", "seed", "epoch")
+    runs = study(RECORD, "detect").sel(patience=0).transpose("labels", "seed", "epoch")
     accuracy, lowest = runs.test_accuracy_curve.values, runs.validation_loss_curve.values.argmin(2)[..., None]
     wrong, right = (accuracy[..., -1:] - np.take_along_axis(accuracy, lowest, 2)).mean((1, 2))
     stop, arm, sgd, zeros = (table("detect"), table("line_up"), table("penalties"), table("penalties", 1, "zeros"))
     mirror, one, on = table("augmentation", 1), table("ensembles"), table("together")
     loss = table("ensembles", metric="test_loss")
-    own = study("augmentation").test_accuracy.transpose("kind", "labels", "times", "seed").values.mean(3)
+    own = study(RECORD, "augmentation").test_accuracy.transpose("kind", "labels", "times", "seed").values.mean(3)
     right_gain, wrong_gain = own[1] - own[0]  # each with few images, and with more
     single = on["on off off"] + on["off on off"] + on["off off on"]
     pairs = on["on on off"] + on["on off on"] + on["off on on"]

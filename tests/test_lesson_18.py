@@ -1,5 +1,5 @@
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from types import SimpleNamespace
@@ -9,13 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import xarray as xr
-from conftest import ROOT, load_lesson
+from conftest import ROOT
+from replay import changes, replay, study
 from torch import nn
 from torch.optim import lr_scheduler
 
-from common import plotting, report, statistics
 from common.data import Task, load, make_split
-from common.lab import Lab, flatten, labelled, what_varies
 from common.training import fit
 
 NAME = "18_learning_rate_scheduling"
@@ -271,78 +270,16 @@ def test_twelve_blocks_with_the_norm_after_the_addition(lesson18):
         torch.testing.assert_close(model(x), F.linear(h, weights["14.weight"], weights["14.bias"]))
 
 
-def study(experiment, which=0):
-    """A study of the reference run, as an xarray Dataset."""
-    stored = RECORD["experiments"][experiment]["studies"][which]
-    runs = xr.Dataset.from_dict({key: stored[key] for key in ("coords", "attrs", "dims", "data_vars")})
-    return runs.assign({name: runs[name].astype(float) for name in runs if runs[name].dtype == object})
-
-
-class Replay(Lab):
-    """A laboratory that trains nothing: each study is the reference run's. What the lesson asks and says is kept."""
-
-    def __init__(self, seeds, sign):
-        self.sign = sign
-        self.plotting, self.report, self.statistics = plotting, report, statistics
-        self.options, self.judged = SimpleNamespace(seeds=seeds, quick=False), []
-        self.asked, self.printed, self.figures = {}, {}, {}
-
-    def study(self, recipe, *, tune=None, inspect=None, **factors):
-        which = len(self.asked[self.name])
-        runs, stored = study(self.name, which), RECORD["experiments"][self.name]["studies"][which]
-        levels = {name: labelled(name, values) for name, values in (factors | (tune or {})).items()}
-        assert all(runs[name].values.tolist() == list(each) for name, each in levels.items())
-        rows = list(product(*(each.values() for each in levels.values())))
-        recipes = [recipe(**dict(zip(levels, row, strict=True))) for row in rows]
-        labels = [
-            " ".join(map(str, row)) for row in product(*(each for name, each in levels.items() if name != "rate"))
-        ]
-        asked = SimpleNamespace(recipe=recipe, levels=levels, tuned=list(tune or {}), labels=labels, recipes=recipes)
-        self.asked[self.name].append(asked)
-        varies, held = what_varies(recipes)
-        assert (recipe.__name__, held) == (stored["recipe"], stored["held"])
-        scores = self.sign * runs.validation_accuracy
-        runs = runs.assign(validation_accuracy=scores).sel(seed=self.options.seeds)
-        for line in (f"varies: {', '.join(varies) or 'nothing'}", *report.choice_lines(runs, list(tune or {}))):
-            self.say(line)
-        return runs
-
-    def figure(self, figure):
-        self.figures.setdefault(self.name, []).append(figure)
-
-
-def replay(seeds, sign=1):
-    """The lesson's own experiments on the stored results; a sign of -1 turns the order on validation around."""
-    lab = Replay(seeds, sign)
-    for lab.name, experiment in load_lesson(NAME).lesson.experiments.items():
-        lab.claims, lab.entry, lab.asked[lab.name] = [], {"question": "", "printed": ""}, []
-        experiment(lab)
-        lab.printed[lab.name] = lab.entry["printed"]
-        lab.judged += lab.claims
-    return lab
-
-
 @pytest.fixture(scope="module")
 def replayed():
     """The lesson's own experiments on the stored results of all networks."""
-    return replay(RECORD["settings"]["seeds"])
+    return replay(RECORD)
 
 
 def test_a_run_with_one_seed_comes_to_its_end(replayed):
     """Whoever takes away the factors of one value must leave the seed."""
-    one = replay(RECORD["settings"]["seeds"][:1])
+    one = replay(RECORD, RECORD["settings"]["seeds"][:1])
     assert [claim["id"] for claim in one.judged] == [claim["id"] for claim in replayed.judged]
-
-
-def settings(recipe):
-    """Every setting of a recipe by name, as text, those of partial functions too."""
-    parts = [flatten(each.name, getattr(recipe, each.name)) for each in fields(recipe)]
-    return {name: text for part in parts for name, text in part.items()}
-
-
-def changes(recipe, base):
-    """The settings in which a recipe differs from another."""
-    return " ".join(map("=".join, sorted(settings(recipe).items() - settings(base).items())))
 
 
 def arms(lesson18, asked):
@@ -501,7 +438,7 @@ def test_drawing_a_schedule_changes_no_weight(lesson18):
 def test_the_stored_rates_are_the_formulas_times_the_peaks(lesson18, replayed):
     """Of every network of the reference run; plateau follows losses that are not all stored, but only falls."""
     for name, which in ((name, i) for name, asked in replayed.asked.items() for i in range(len(asked))):
-        runs, asked = study(name, which), replayed.asked[name][which]
+        runs, asked = study(RECORD, name, which), replayed.asked[name][which]
         dims = [each for each in asked.levels if each not in asked.tuned]
         for values in product(*(asked.levels[each].items() for each in dims)):
             here = {each: label for each, (label, _) in zip(dims, values, strict=True)}
@@ -528,7 +465,7 @@ def test_each_rate_is_chosen_on_validation_by_seeds_that_are_not_reported(replay
     tuned = [(name, i) for name, asked in replayed.asked.items() for i, each in enumerate(asked) if each.tuned]
     assert tuned == [("hundred_epochs", 0)]
     for name, which in tuned:
-        runs, (rate,) = study(name, which), replayed.asked[name][which].tuned
+        runs, (rate,) = study(RECORD, name, which), replayed.asked[name][which].tuned
         rates = [0.001, *RATES[:4]]
         assert (rate, runs.rate.values.tolist()) == ("rate", rates)
         assert len(runs.tuning_seed) == 3
@@ -561,7 +498,7 @@ def test_the_figure_of_the_shapes_lays_each_formula_over_the_rates_applied(lesso
 
 
 def test_where_plateau_first_halves_the_rate_is_read_from_the_stored_rates(replayed):
-    runs = study("waiting").squeeze(["rate", "epochs"])
+    runs = study(RECORD, "waiting").squeeze(["rate", "epochs"])
     text = replayed.printed["waiting"]
     for label in runs.schedule.values.tolist():
         curve = runs.learning_rate_curve.sel(schedule=label).transpose("seed", "epoch").values
@@ -573,13 +510,13 @@ def test_where_plateau_first_halves_the_rate_is_read_from_the_stored_rates(repla
 
 def of(experiment, which=0, metric="test_accuracy", **where):
     """The numbers of an arm of the reference run, by seed."""
-    values = study(experiment, which)[metric].sel(where)
+    values = study(RECORD, experiment, which)[metric].sel(where)
     return values.squeeze([each for each in values.dims if each != "seed" and values.sizes[each] == 1]).values
 
 
 def best(experiment, dim, sign, which=0, **where):
     """The arm with the highest mean validation accuracy, or with a sign of -1 the lowest."""
-    scores = sign * study(experiment, which).validation_accuracy.sel(where).transpose(..., "seed")
+    scores = sign * study(RECORD, experiment, which).validation_accuracy.sel(where).transpose(..., "seed")
     return {dim: scores[dim].values[scores.values.mean(-1).argmax()]}
 
 
@@ -600,9 +537,9 @@ def test_the_best_rate_is_the_one_with_the_best_mean_on_validation_of_each_arm(l
 
 def claims_by_hand(sign=1):
     """For each claim its effect by seed and what is expected of it."""
-    others = [name for name in study("hundred_epochs").schedule.values.tolist() if name != "constant"]
+    others = [name for name in study(RECORD, "hundred_epochs").schedule.values.tolist() if name != "constant"]
     winner = best("hundred_epochs", "schedule", sign, schedule=others)
-    loss = study("hundred_epochs").validation_loss_curve
+    loss = study(RECORD, "hundred_epochs").validation_loss_curve
     middle = [loss.sel(schedule=name, epoch=50).values for name in ("constant", "cosine")]
     end = [of("hundred_epochs", 0, "validation_loss", schedule=name) for name in ("constant", "cosine")]
     wait, slip = partial(of, "waiting"), partial(of, "traps")
@@ -649,7 +586,7 @@ def test_the_claims_are_the_differences_that_they_name(replayed):
 
 def test_no_arm_is_chosen_on_test_images():
     """Where the order on validation is turned around, what was best there is another arm."""
-    turned, expected, found = replay(RECORD["settings"]["seeds"], sign=-1), claims_by_hand(sign=-1), {}
+    turned, expected, found = replay(RECORD, sign=-1), claims_by_hand(sign=-1), {}
     for claim in turned.judged:
         found[claim["id"]] = claim["estimate"]["mean"]
     assert found == pytest.approx({name: np.nanmean(value) for name, (value, _) in expected.items()}, abs=1e-3)

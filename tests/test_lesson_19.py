@@ -1,3 +1,4 @@
+import json
 import math
 from dataclasses import replace
 from functools import partial
@@ -6,12 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
+from replay import replay, study
 from torch import nn
 
 from common.data import Task, load, make_split
 from common.training import Recipe, fit
 
 TASK = Task((1, 8, 8), 10)
+RECORD = json.loads((ROOT / "results" / "19_weight_initialization" / "results.json").read_text(encoding="utf-8"))
 SHAPES = [(50, 200), (200, 50), (64, 64), (32, 16, 3, 3), (16, 3, 5, 5)]
 KAIMING = nn.init.kaiming_normal_
 
@@ -330,3 +334,44 @@ def test_scaled_up_ten_times_a_relu_network_is_the_same_function_but_for_scale(l
     x = make_split(load("digits"), 0, 50).train.x.double()
     large = built(lesson19, partial(nn.init.normal_, std=10.0)).double()(x)
     torch.testing.assert_close(large, 1e11 * built(lesson19, lesson19.UNSCALED).double()(x), rtol=1e-5, atol=1e14)
+
+
+def test_the_lessons_claims_follow_from_the_stored_runs():
+    judged = replay(RECORD).judged
+    assert [claim["id"] for claim in judged] == [claim["id"] for claim in RECORD["claims"]]
+    for claim, stored in zip(judged, RECORD["claims"], strict=True):
+        assert claim["verdict"] == stored["verdict"], claim["id"]
+        assert float(claim["estimate"]["mean"]) == pytest.approx(stored["estimate"]["mean"], abs=1e-3), claim["id"]
+
+
+def test_a_run_with_one_seed_comes_to_its_end():
+    assert len(replay(RECORD, RECORD["settings"]["seeds"][:1]).judged) == len(RECORD["claims"])
+
+
+def test_claims_are_about_the_arms_that_they_name():
+    """Each from the stored runs by numbers and names, not through the laboratory."""
+
+    def accuracy(experiment, which=0, metric="test_accuracy", **arm):
+        return study(RECORD, experiment, which)[metric].sel(arm).values
+
+    he_20 = accuracy("depth", metric="train_accuracy", initialisation="He", depth=20)
+    default = accuracy("trains", metric="train_accuracy", initialisation="PyTorch's")
+    skips = [accuracy("relief", technique="skips", initialisation=each) for each in ("He", "PyTorch's")]
+    early = study(RECORD, "activations").train_loss_curve.sel(activation="ReLU", epoch=4)
+    gains = {
+        "trains-3": [accuracy("trains", initialisation=each) for each in ("unscaled", "He")],
+        "symmetry-3": [accuracy("symmetry", how=each, activation="ReLU") for each in ("zero output", "random")],
+        "activations-2": [accuracy("activations", how=each, activation="tanh") for each in ("1/n", "2/n")],
+        "activations-3": [accuracy("activations", how=each, activation="SELU") for each in ("1/n", "2/n")],
+        "depth-3": [accuracy("depth", initialisation="He", depth=each) for each in (50, 5)],
+        "depth-4": [accuracy("depth", 1, initialisation=each, depth=2) for each in ("PyTorch's", "He")],
+        "relief-1": [accuracy("relief", technique="batch norm", initialisation=each) for each in ("PyTorch's", "He")],
+    }
+    wanted = {name: (ours - theirs).mean() for name, (ours, theirs) in gains.items()}
+    wanted["trains-1"] = 100 * (default >= 50).mean()
+    wanted["depth-2"] = 100 * (he_20 >= 50).mean()
+    wanted["relief-2"] = 100 * (skips[0] > skips[1]).mean()
+    wanted["activations-1"] = 100 * (early.sel(how="2/n").values < early.sel(how="1/(3n)").values).mean()
+    found = {claim["id"]: claim["estimate"]["mean"] for claim in RECORD["claims"]}
+    for name, mean in wanted.items():
+        assert found[name] == pytest.approx(mean, abs=1e-3), name
