@@ -157,7 +157,7 @@ def test_a_killed_parent_leaves_no_orphans(tmp_path):
     assert_finished_experiments_are_whole(folder, tidy=False)
 
 
-@pytest.mark.parametrize("part", [*LESSONS, "further/first_aid", "further/cost_of_norms"])  # all are built alike
+@pytest.mark.parametrize("part", [LESSONS[0], LESSONS[3], LESSONS[5], "further/first_aid"])  # all are built alike
 def test_in_a_notebook_each_experiment_runs_in_its_own_cell(part, tmp_path):
     jupytext, nbclient = notebook_tools()
     notebook = jupytext.read(ROOT / f"{part}.py")
