@@ -3,26 +3,27 @@
 What only reports (xarray, matplotlib) is imported when the Lab is made: the workers are forked by then.
 """
 
-import argparse
 import math
 import pickle
-import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, Future, wait
+from concurrent.futures import Executor, Future
 from dataclasses import fields, replace
 from functools import partial
 from inspect import signature
 from itertools import product
-from pathlib import Path
+from numbers import Real
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
-from common.data import LessonError, load
-from common.training import STACK, Inspect, Recipe, Results, fit
+from common.data import LessonError
+from common.training import STACK, UNITS, Inspect, Recipe, Results, build, check_value, fit
+from runner.notebooks import Script, in_notebook
+from runner.terminal import own_settings, plain_matplotlib, width, wrapped
+from runner.workers import answer, wait_for
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -36,37 +37,43 @@ class Lab:
     """Hands a lesson its tools, prints what comes out, and keeps the record of every finished experiment."""
 
     executor: Executor
-    order: list[str]  # the names of the lesson's experiments
+    dead = 0  # runs of the experiment in progress whose loss was not finite at the start
 
-    def __init__(self, name: str, title: str, script: Path | None, options: argparse.Namespace) -> None:
-        from common import plotting, report, statistics
-        from docs import record
+    def __init__(self, name: str, title: str, script: Script | None, options: Namespace, order: list[str]) -> None:
+        with plain_matplotlib():
+            from common import plotting, report, statistics
+            from docs import record
 
         self.plotting, self.report, self.statistics, self.files = plotting, report, statistics, record
-        self.options, self.script = options, script
-        self.record = record.begin(name, title, script, options)
+        self.options, self.order = options, order
+        self.record = record.begin(name, title, script, options, order)
 
-    def say(self, text: str) -> None:
-        """Print text, a single line wrapped by words, and keep it."""
-        text = text if "\n" in text else fill(text, 80, subsequent_indent="  ")
-        self.entry["printed"] += f"{text}\n"
-        print(text)
+    def say(self, text: str | Callable[[int], str]) -> None:
+        """Print text, its long lines wrapped by words, or what a function makes of a number of columns; keep it as it
+        is on 80 columns, whatever the terminal has.
+        """
+        made = text if callable(text) else partial(wrapped, text)
+        self.entry["printed"] += f"{made(80)}\n"
+        print(made(width()))
 
     def run(self, experiment: Callable[["Lab"], None]) -> None:
         """Carry out one experiment: its question is the first paragraph of its docstring. File it when it is done."""
-        start, self.name, self.claims = time.perf_counter(), experiment.__name__, []
+        self.files.renew(self.record, self.order)
+        start, self.name, self.claims, self.dead = time.perf_counter(), experiment.__name__, [], 0
         self.entry = {"question": question_of(experiment), "printed": "", "varies": [], "figures": [], "studies": []}
-        print(f"\n{self.order.index(self.name) + 1} of {len(self.order)}: {self.name} ".ljust(80, "-"))
-        print(fill(self.entry["question"], 80))
-        experiment(self)
+        columns = width()
+        print(f"\n{self.order.index(self.name) + 1} of {len(self.order)}: {self.name} ".ljust(columns, "-"))
+        print(fill(self.entry["question"], columns))
+        with own_settings():
+            experiment(self)
         print()
         for i, claim in enumerate(self.claims, 1):
-            told = f"{i}. {claim['statement']} ({claim['source']})"
-            print(fill(told, 80, initial_indent=claim["verdict"].ljust(15), subsequent_indent=" " * 15))
-            print(f"{'':15}{self.report.measured(claim)}; expected {claim['expected']}")
+            told, measured = f"{i}. {claim['statement']} ({claim['source']})", self.report.measured(claim)
+            print(fill(told, columns, initial_indent=claim["verdict"].ljust(15), subsequent_indent=" " * 15))
+            told = f"{measured}; expected {claim['expected']}"
+            print(fill(told, columns, initial_indent=" " * 15, subsequent_indent=" " * 15))
         self.entry["seconds"] = time.perf_counter() - start
         self.files.add(self.record, self.name, self.entry, self.claims, self.order)
-        self.files.write_record(self.options.out, self.record, self.script)
 
     def study(
         self,
@@ -84,9 +91,13 @@ class Lab:
 
         Returns every result of `common.training.fit` as an array of factors × seed × its own dimensions, NaN where a
         run diverged. With `tune` also each choice as `chosen_…` by factors (NaN where it makes no difference), and the
-        `grid` of scores by factors × candidates × tuning_seed. Raises LessonError when factors and recipe do not fit.
+        `grid` of scores by factors × candidates × tuning_seed. Raises LessonError when factors and recipe do not fit,
+        and when every run diverged. Where a run was dead at its start, its loss not finite, no claim is judged.
         """
         tune, name = tune or {}, getattr(recipe, "__name__", "recipe")
+        check_value("the recipe of a study", recipe, "a function that returns a Recipe", callable(recipe))
+        check_value("tune", tune, "a dictionary", isinstance(tune, Mapping))
+        check_value("a setting to tune", set(tune), "none of the factors", not set(tune) & set(factors))
         levels = {name: labelled(name, values) for name, values in {**factors, **tune}.items()}
         try:
             signature(recipe).bind(**levels)
@@ -105,9 +116,14 @@ class Lab:
         for line in self.report.choice_lines(runs, list(tune)):
             self.say(line)
         if self.options.verbose:
-            print(self.files.all_numbers(self.entry["studies"][-1]))
-        if inspect and bool(runs.diverged_at.notnull().all()):
-            raise LessonError(f"{self.name}: every run diverged, so there is no trained network to look at")
+            print(self.files.all_numbers(self.entry["studies"][-1], width()))
+        dead, lost, size = int((runs.diverged_at == 0).sum()), int(runs.diverged_at.count()), runs.diverged_at.size
+        if dead:
+            self.say(f"{dead} of {size} runs were dead at the start, their loss not finite: no claim is judged")
+        if lost == size:
+            cause = f"{dead} of {size} at the start; look at data, starting weights and learning rate"
+            raise LessonError(f"{self.name}: every run diverged, {cause}")
+        self.dead += dead
         return runs
 
     def choose(
@@ -128,6 +144,7 @@ class Lab:
 
     def sized(self, recipe: Recipe) -> Recipe:
         """The recipe as long and as large as the command line says; in a quick run one epoch."""
+        check_value("what the function of a study returns", recipe, Recipe)
         if self.options.quick:
             return replace(recipe, epochs=min(recipe.epochs, 1), evaluations=1)
         longer, larger = self.options.longer, self.options.larger
@@ -147,18 +164,15 @@ class Lab:
             except (pickle.PicklingError, AttributeError, TypeError) as error:
                 wanted = f"recipe and inspect may hold only functions of the script's top level ({error})"
                 raise LessonError(wanted) from None
-            weights = sum(each.numel() for each in recipe.model(load(options.dataset).task).parameters())
+            weights = sum(each.numel() for each in build(recipe, options.dataset).parameters())
             different[keys[-1]], work[keys[-1]] = recipe, weights * recipe.epochs * (recipe.examples or 1e9)
         size = STACK if options.device == "cpu" else len(seeds)
         stacks = [seeds[i : i + size] for i in range(0, len(seeds), size)]
         futures: dict[bytes, list[Future]] = {}
-        with tqdm(desc=self.name, total=len(different) * len(stacks), leave=False, disable=None) as bar:
-            for key in sorted(different, key=work.get, reverse=True):
-                how = (options.dataset, options.device, inspect)
-                futures[key] = [self.executor.submit(fit, different[key], stack, *how) for stack in stacks]
-                for future in futures[key]:
-                    future.add_done_callback(lambda _: bar.update())
-            wait([future for row in futures.values() for future in row], return_when="FIRST_EXCEPTION")
+        for key in sorted(different, key=work.get, reverse=True):
+            how = (options.dataset, options.device, inspect)
+            futures[key] = [self.executor.submit(answer, fit, different[key], stack, *how) for stack in stacks]
+        wait_for([future for row in futures.values() for future in row], self.name)
         return [[part for future in futures[key] for part in future.result()] for key in keys]
 
     def gain(self, values: "xr.DataArray", **baseline: Any) -> "xr.DataArray":
@@ -175,7 +189,7 @@ class Lab:
         else:
             title = f"{self.plotting.label_of(values)} by {words(columns)} (means over seeds)"
             heads = {words(each): values.sel({columns: each}) for each in values[columns].values.tolist()}
-        self.say(self.report.table(title, heads, [rows], spans=columns is None))
+        self.say(partial(self.report.table, title, heads, [rows], columns is None))
 
     def sweep(self, *arrays: "xr.DataArray", x: str, hue: str | None = None) -> None:
         """Draw each array (x, hue, seed) against the values of x, evenly spaced, in a panel of its own."""
@@ -196,8 +210,8 @@ class Lab:
     def figure(self, figure: "Figure") -> None:
         """Save a figure under the experiment's name; in a notebook, show it too."""
         count = len(self.entry["figures"])
-        path = self.options.out / f"{self.name}{f'_{count + 1}' if count else ''}.png"
-        self.files.write_whole(path, lambda aside: figure.savefig(aside, dpi=110))
+        name = f"{self.name}{f'_{count + 1}' if count else ''}.png"
+        path = self.files.write_figure(self.options.out / name, figure)
         self.entry["figures"].append(path.name)
         print(f"figure: {path}")
         if in_notebook():
@@ -211,14 +225,15 @@ class Lab:
         """Judge a rule of thumb: its measured effect (seed,) should be above and below these two; above=-1, below=1 say
         that none worth the name is expected. The verdict is printed at the end of the experiment.
 
-        Of true and false values: the share of seeds, in %. A quick run judges nothing; a diverged seed is undecided.
+        Of true and false values: the share of seeds, in %. A quick run judges nothing, nor does an experiment in which
+        a run was dead at its start; a diverged seed is undecided.
         """
         unit, seeds = effect.attrs.get("unit", ""), len(self.options.seeds)
         unit = self.statistics.SHARE if effect.dtype == bool else "points" if unit == "%" else unit
         wanted = " and ".join([f"> {above:g}"] * (above > -math.inf) + [f"< {below:g}"] * (below < math.inf))
         estimate = {name: float(value) for name, value in self.statistics.interval(effect).items()}
         verdict = self.statistics.judge(estimate, above, below, seeds)
-        verdict = self.statistics.NOT_JUDGED if self.options.quick else verdict
+        verdict = self.statistics.NOT_JUDGED if self.options.quick or self.dead else verdict
         claim = {"id": f"{self.name}-{len(self.claims) + 1}", "statement": statement, "source": source}
         claim |= {"experiment": self.name, "expected": f"{wanted} {unit}".strip(), "seeds": seeds, "verdict": verdict}
         self.claims.append(claim | {"estimate": estimate | {"unit": unit}})
@@ -227,17 +242,21 @@ class Lab:
         """Count the lesson's verdicts, and say where the files are."""
         verdicts = [claim["verdict"] for claim in self.record["claims"]]
         counts = ", ".join(f"{each}: {verdicts.count(each)}" for each in sorted(set(verdicts), key=len))
-        print(f"\n{len(verdicts)} rules of thumb ({counts}), {self.record['seconds']:.0f} s after start-up.")
+        told = f"{len(verdicts)} rules of thumb ({counts}), {self.record['seconds']:.0f} s after start-up."
+        print(f"\n{fill(told, width())}")
         print(f"All tables, figures and numbers: {self.options.out / 'summary.md'}")
 
 
 def labelled(name: str, values: Values) -> dict[Any, Any]:
     """A factor's values by label. Raises LessonError for no values, one label twice, or labels that name nothing."""
-    given = values if isinstance(values, (tuple, list, Mapping)) and name not in ("seed", "epoch") else ()
-    factor = dict(given) if isinstance(given, Mapping) else dict(zip(given, given, strict=True))
-    if not factor or len(factor) < len(given) or not all(isinstance(label, (str, int, float)) for label in factor):
-        raise LessonError(f"{name}={values!r}: wanted different words or numbers, or a dictionary label → value")
-    return factor
+    given = list(values) if isinstance(values, (tuple, list, Mapping)) else []
+    alike = any(all(isinstance(label, kind) and label == label for label in given) for kind in (str, Real))
+    wanted = "different words, or different numbers, or a dictionary label → value"
+    check_value(f"the values of {name}", values, wanted, bool(given) and alike and len(set(given)) == len(given))
+    taken = {"seed", "tuning_seed", "epoch", "best_epoch", "diverged_at", "seconds", "grid", *UNITS}
+    taken |= {"n", "mean", "low", "high", *(f"best_{each}" for each in UNITS)}
+    check_value("the name of a factor", name, "one that no result has", name not in taken)
+    return dict(values) if isinstance(values, Mapping) else dict(zip(given, given, strict=True))
 
 
 def flatten(name: str, value: Any) -> dict[str, str]:
@@ -264,8 +283,3 @@ def what_varies(recipes: Sequence[Recipe]) -> tuple[list[str], dict[str, str]]:
 def question_of(experiment: Callable[[Lab], None]) -> str:
     """The first paragraph of an experiment's docstring, on one line."""
     return " ".join((experiment.__doc__ or "").split("\n\n")[0].split())
-
-
-def in_notebook() -> bool:
-    """Whether this runs in a notebook's kernel."""
-    return "ipykernel" in sys.modules

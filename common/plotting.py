@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common.statistics import interval
+from common.training import check_value
 
 # Okabe & Ito's colour-blind-safe palette for techniques, the same throughout the level; the baseline is black.
 TECHNIQUES = dict.fromkeys(["none", "no dropout", "no norm", "plain", "constant", "PyTorch's"], "black")
@@ -22,7 +23,8 @@ OTHERS = ["#117733", "#AA4499", "#44AA99", "#661100", "#6699CC", "#DDCC77", "#33
 
 def words(name: object) -> str:
     """A label, or the name of a dimension, as a reader would write it."""
-    return f"{name:g}" if isinstance(name, float) else str(name).replace("_", " ")
+    text = {"True": "yes", "False": "no"}.get(str(name), str(name).replace("_", " "))
+    return f"{name:g}" if isinstance(name, float) else text
 
 
 def label_of(values: xr.DataArray) -> str:
@@ -41,6 +43,14 @@ def new_figure(title: str, columns: int = 1, height: float = 3.9, share: str = "
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25, linewidth=0.6)
     return figure, axes
+
+
+def check_labels(arrays: Sequence[xr.DataArray], dims: Sequence[str | None]) -> None:
+    """Raise LessonError unless arrays that share an axis, rows or a legend have the same labels in the same order."""
+    for dim in filter(None, dims):
+        for labels in (each[dim].values.tolist() for each in arrays):
+            wanted = arrays[0][dim].values.tolist()
+            check_value(f"{dim}, which several arrays share,", labels, f"{wanted} in all of them", labels == wanted)
 
 
 def by_hue(values: xr.DataArray, hue: str | None) -> list[tuple[str, object, xr.Dataset]]:
@@ -62,6 +72,7 @@ def lines(
     """Each array (x, hue, seed) in a panel of its own, means as lines, intervals as bands, against x; `dashed` is added
     to the first. even: the values of x evenly spaced, a marker at each; else in proportion.
     """
+    check_labels(arrays, [hue])
     one_unit = len({values.attrs.get("unit") for values in arrays}) == 1
     figure, axes = new_figure(title, len(arrays), share="y" if one_unit else "")
     for ax, values in [*([(axes[0], dashed)] if dashed is not None else []), *zip(axes, arrays, strict=True)]:
@@ -82,6 +93,7 @@ def lines(
 
 def dots(title: str, arrays: Sequence[xr.DataArray], y: str, hue: str | None) -> Figure:
     """Each array (y, hue, seed) in a panel of its own: a dot with its interval for each value of y, top to bottom."""
+    check_labels(arrays, [y, hue])
     one_unit = len({values.attrs.get("unit") for values in arrays}) == 1
     figure, axes = new_figure(title, len(arrays), 1.9 + 0.4 * arrays[0][y].size, "xy" if one_unit else "y")
     for ax, values in zip(axes, arrays, strict=True):
@@ -90,7 +102,7 @@ def dots(title: str, arrays: Sequence[xr.DataArray], y: str, hue: str | None) ->
             error = [effect["mean"] - effect["low"], effect["high"] - effect["mean"]]
             ax.errorbar(effect["mean"], places, xerr=error, fmt="os^Dv*Px"[i % 8], color=colour, capsize=3, label=label)
         ax.set_yticks(range(values[y].size), map(words, values[y].values.tolist()))
-        ax.set(xlabel=label_of(values), ylim=(values[y].size - 0.5, -0.5))
+        ax.set(xlabel=label_of(values), ylim=(max(values[y].size, 1) - 0.5, -0.5))
     return finish(figure, axes, arrays, "axvline", hue)
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import xarray as xr
 from tabulate import tabulate
 
-from common.plotting import words
+from common.plotting import check_labels, words
 from common.statistics import interval
+from runner.terminal import wrapped
 
 
 def number(value: float, unit: str = "", sign: str = "") -> str:
@@ -38,20 +39,32 @@ def cells(values: xr.DataArray, spans: bool = False) -> list[str]:
     return found
 
 
-def table(title: str, columns: Mapping[str, xr.DataArray], rows: Sequence[str], spans: bool = False) -> str:
-    """A table of means over seeds, with intervals if `spans`: an array (*rows, seed) for each column.
-    The names of the rows are wrapped so that it fits 80 columns; numbers never are.
+def table(
+    title: str, columns: Mapping[str, xr.DataArray], rows: Sequence[str], spans: bool = False, width: int = 80
+) -> str:
+    """A table of means over seeds, with intervals if `spans`: an array (*rows, seed) for each column. It fits `width`
+    columns: the names of the rows are wrapped by words, numbers never; columns that leave too little room for the
+    names follow in a table below.
     """
+    check_labels(list(columns.values()), rows)
     labels = product(*(next(iter(columns.values()))[row].values.tolist() for row in rows))
-    shown = {", ".join(map(words, rows)): [", ".join(map(words, each)) for each in labels]}
-    for head, each in columns.items():
-        shown[head] = cells(each.transpose(*rows, "seed"), spans)
-    widths = []  # tabulate widens a head by two
-    for head, column in shown.items():
-        widths.append(max(map(len, [*column, *(line + "  " for line in head.split("\n"))])))
-    room = max(8, 80 - sum(widths[1:]) - 2 * len(columns))
-    align, fit = ["left"] + ["right"] * len(columns), {"maxcolwidths": [room], "maxheadercolwidths": [room - 2]}
-    return f"\n{title}\n{tabulate(shown, 'keys', 'simple', colalign=align, disable_numparse=True, **fit)}"
+    head, names = ", ".join(map(words, rows)), [", ".join(map(words, each)) for each in labels]
+    lines = [f"{head}__", *names]  # tabulate widens a head by two
+    least = min(max(map(len, lines)), max(12, *map(len, " ".join(lines).split())))
+    tables, rooms = [], []
+    for name, values in columns.items():
+        name, column = wrapped(name, width - 16), cells(values.transpose(*rows, "seed"), spans)
+        wide = 2 + max(map(len, [*column, *(f"{line}__" for line in name.split("\n"))]))
+        if not tables or rooms[-1] - wide < least:
+            tables.append({head: names})
+            rooms.append(width)
+        tables[-1][name] = column
+        rooms[-1] -= wide
+    for i, (shown, room) in enumerate(zip(tables, rooms, strict=True)):
+        room, align = max(8, room), ["left"] + ["right"] * (len(shown) - 1)
+        fit = {"maxcolwidths": [room], "maxheadercolwidths": [room - 2]}
+        tables[i] = tabulate(shown, "keys", "simple", colalign=align, disable_numparse=True, **fit)
+    return "\n".join(["", wrapped(title, width), "\n\n".join(tables)])
 
 
 def choice_lines(runs: xr.Dataset, tuned: Sequence[str]) -> list[str]:

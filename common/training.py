@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
+from numbers import Integral, Real
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,21 @@ HOOKS += ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 Inspect = Callable[[nn.Module, Split], dict[str, Any]]  # what to note of a trained network
 Results = tuple[dict[str, Any], list[dict[str, Any]]]  # arrays, and notes of each seed: see `fit`
+
+
+def check_value(what: str, value: Any, wanted: type | str, right: bool = True) -> None:
+    """Raise LessonError, one line, if what a reader's code gave or returned is not `right`, or of the `wanted` type."""
+    if not right or (isinstance(wanted, type) and not isinstance(value, wanted)):
+        found = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else shorten(repr(value), 60)
+        raise LessonError(f"{what} must be {getattr(wanted, '__name__', wanted)}; got {found}")
+
+
+def build(recipe: "Recipe", dataset: str) -> nn.Module:
+    """A fresh network of a recipe for a data set. Raises LessonError if it is none, or has no parameters."""
+    model = recipe.model(load(dataset).task)
+    check_value("a recipe's model", model, nn.Module)
+    check_value("a recipe's model", model, "a network with parameters", any(True for _ in model.parameters()))
+    return model
 
 
 def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -68,10 +85,20 @@ class Recipe:
     after_epoch: Callable[["State"], bool | None] | None = None
 
     def __post_init__(self) -> None:
-        counts = min(self.epochs, self.batch_size - 1, self.evaluations - 1)
-        if counts < 0 or not 0 <= self.label_noise <= 1 or self.schedule_every not in ("epoch", "batch"):
-            wanted = "epochs ≥ 0, batch_size ≥ 1, evaluations ≥ 1, label_noise in 0…1, schedule_every epoch or batch"
-            raise LessonError(f"a recipe needs {wanted}; got {self}")
+        least = {"epochs": 0, "batch_size": 1, "examples": 1, "evaluations": 1}
+        for name, value in vars(self).items():
+            right = callable(value) and not isinstance(value, nn.Module)
+            wanted = "a function that builds one" if name in ("model", "optimizer", "schedule") else "a function"
+            if name in least:
+                right = isinstance(value, Integral) and not isinstance(value, bool) and value >= least[name]
+                wanted = f"a whole number from {least[name]}"
+            elif name == "label_noise":
+                right = isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= 1
+                wanted = "a share from 0 to 1"
+            elif name == "schedule_every":
+                right, wanted = value in ("epoch", "batch"), "'epoch' or 'batch'"
+            if value is not None or getattr(Recipe, name, ...) is not None:
+                check_value(f"a recipe's {name}", value, wanted, right)
 
 
 @dataclass
@@ -95,7 +122,9 @@ class Borrowed(nn.Module):
         self.model = model
 
     def forward(self, function: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return function(self.model, x, y)
+        result = function(self.model, x, y)
+        check_value("a recipe's loss", result, Tensor)
+        return result
 
 
 @lru_cache(maxsize=4)
@@ -118,7 +147,7 @@ def fit(
     - train_loss, train_accuracy, validation_…, test_… at the end, in nats and %; gap, validation loss minus training
       loss; best_test_accuracy, …, best_epoch, at the lowest validation loss. NaN for a seed that diverged.
     - train_loss_curve, …, learning_rate_curve by epoch; the learning rate is the one that the last step applied.
-    - diverged_at, the first step (from 1) whose loss was not finite, or NaN; seconds of training, evaluations left out.
+    - diverged_at, the first step whose loss was not finite (0: dead at the start), or NaN; seconds of training alone.
     - Notes, of each seed: what hooks left in State.notes and `inspect(model, split)` found: numbers, or (dimensions,
       values, attributes); a dimension's own values are given as {"layer": ("layer", values)}.
     """
@@ -128,7 +157,7 @@ def fit(
             warnings.filterwarnings("error", "There is a performance drop")  # vmap would loop over the seeds, slowly
             return [Training(recipe, seeds, dataset, device, inspect).run()]
     except Exception as error:  # a mistake of the recipe's own is raised again by a single run
-        if len(seeds) == 1:
+        if len(seeds) == 1 or isinstance(error, LessonError):
             raise
         reason = str(error).partition("\n")[0].partition(". ")[0]
     return [Training(recipe, [seed], dataset, device, inspect, reason).run() for seed in seeds]
@@ -145,11 +174,16 @@ class Training:
         self.networks, self.stacked = [], {}
         for seed in seeds:
             torch.manual_seed(derive(seed, "start"))
-            self.networks.append(Borrowed(recipe.model(load(dataset).task).to(device).train()))
+            self.networks.append(Borrowed(build(recipe, dataset).to(device).train()))
+        self.classes = load(dataset).task.classes
         self.optimizer = recipe.optimizer(self.networks[0].parameters())
+        check_value("what a recipe's optimizer builds", self.optimizer, optim.Optimizer)
         self.rate = self.optimizer.param_groups[0]["lr"]  # that the last step applied
         steps = math.ceil(self.split.train.y.shape[1] / recipe.batch_size) if recipe.schedule_every == "batch" else 1
         self.schedule = recipe.schedule(self.optimizer, recipe.epochs * steps) if recipe.schedule else None
+        check_value("what a recipe's schedule builds", self.schedule, LRScheduler if recipe.schedule else type(None))
+        if isinstance(self.schedule, ReduceLROnPlateau) and recipe.schedule_every == "batch":
+            raise LessonError("ReduceLROnPlateau follows the validation loss of an epoch: schedule_every='epoch'")
         if len(seeds) > 1:
             self.stack()
         self.orders = [torch.Generator().manual_seed(derive(seed, "batches")) for seed in seeds]
@@ -201,7 +235,10 @@ class Training:
         """Mean loss in nats and accuracy in % on parts of the split, in eval mode: {"train_loss": (seeds,), …}."""
 
         def totals(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-            logits = model(x)
+            logits, wanted = model(x), (len(y), self.classes)
+            check_value("a network's output", logits, Tensor)
+            right = logits.ndim == 2 and len(logits) == len(y) and logits.shape[1] >= self.classes
+            check_value("a network's output", logits, f"{wanted}, a logit for each class", right)
             return torch.stack([F.cross_entropy(logits, y, reduction="sum"), 100.0 * (logits.argmax(1) == y).sum()])
 
         found = {}
@@ -211,7 +248,7 @@ class Training:
             x, y = getattr(self.split, part)
             pieces = math.ceil(y.shape[1] / EXAMPLES_AT_ONCE[x.device.type])
             sums = [self.each(totals, *piece) for piece in zip(x.chunk(pieces, 1), y.chunk(pieces, 1), strict=True)]
-            found[f"{part}_loss"], found[f"{part}_accuracy"] = (sum(sums) / y.shape[1]).T.double().cpu().numpy()
+            found[f"{part}_loss"], found[f"{part}_accuracy"] = (sum(sums) / y.shape[1]).T.cpu().double().numpy()
         nn.ModuleList(self.networks).train()
         return found
 
@@ -268,6 +305,8 @@ class Training:
         self.rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.zero_grad()
         losses = self.each(self.recipe.loss, x, y)
+        right = losses.ndim == 1 and losses.requires_grad
+        check_value("a recipe's loss", losses[0], "one number, a tensor () that depends on a parameter to train", right)
         losses.sum().backward()
         self.optimizer.step()
         self.call(self.recipe.after_step)
@@ -283,7 +322,10 @@ class Training:
             for i in np.flatnonzero(self.live):
                 state = self.states[i]
                 state.epoch, state.step, state.learning_rate = self.epoch, self.step, before
-                true[i] = bool(hook(state))
+                result = hook(state)
+                right = isinstance(result, (bool, np.bool_, Tensor, type(None))) or hook is self.recipe.after_step
+                check_value("what after_epoch returns", result, "True, False or None", right)
+                true[i] = bool(result)
                 rates.add(state.learning_rate)
             if len(rates) > 1:
                 raise RuntimeError("a hook changes for one seed the learning rate that all share")
@@ -298,8 +340,10 @@ class Training:
     def record(self, seeds: np.ndarray, ending: np.ndarray) -> None:
         """Measure these seeds, of which those that are `ending` train no longer: `inspect` has its look at them."""
         now = self.measure(*Split._fields)
-        now |= {"gap": now["validation_loss"] - now["train_loss"], "learning_rate": np.full(len(seeds), self.rate)}
-        overflowed = seeds & ~np.isfinite(now["gap"])  # by the last step
+        finite = np.isfinite(now["validation_loss"]) & np.isfinite(now["train_loss"])
+        losses = (np.where(finite, now[f"{part}_loss"], np.nan) for part in ("validation", "train"))
+        now |= {"gap": np.subtract(*losses), "learning_rate": np.full(len(seeds), self.rate)}
+        overflowed = seeds & ~finite  # by the last step, or dead at the start
         self.diverged_at[overflowed] = self.step
         self.live = self.live & ~overflowed
         self.epochs.append(self.epoch)
@@ -307,6 +351,7 @@ class Training:
             curve.append(np.where(seeds & self.live, now[name], np.nan))
         for state in (self.states[i] for i in np.flatnonzero(ending & self.live)):
             found = self.inspect(state.model, state.split) if self.inspect else {}
+            check_value("what inspect returns", found, dict)
             state.notes = {name: off_device(note) for name, note in (state.notes | found).items()}
             state.model.train()
         self.live = self.live & ~ending
@@ -335,7 +380,7 @@ class Training:
 
 def off_device(note: Any) -> Any:
     """A note with its tensors as arrays, copied: what the stack does next does not change them."""
-    if isinstance(note, tuple):
-        return tuple(map(off_device, note))
+    if isinstance(note, (tuple, list)):
+        return type(note)([off_device(each) for each in note])
     note = note.detach().cpu().numpy() if isinstance(note, Tensor) else note
     return note.copy() if isinstance(note, np.ndarray) else note

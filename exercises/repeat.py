@@ -1,15 +1,17 @@
 """Repeat the run behind the answer to an exercise: `python -m exercises.repeat 14 1`."""
 
 import argparse
-import os
+import hashlib
+import json
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from common.data import LessonError
-from docs.record import ROOT, environment, write_whole
+from docs.record import ROOT, write_whole
+from docs.sources import experiments_in, sources
 
 FOLDER = ROOT / "exercises"
 OUT = ROOT / "outputs" / "exercises"
@@ -72,14 +74,22 @@ def run(exercise: Exercise, more: list[str]) -> tuple[int, Path]:
     script = folder / f"{exercise.lesson}.py"
     text = (ROOT / script.name).read_text(encoding="utf-8")
     script.write_text(changed(text, exercise), encoding="utf-8")
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, str(script), *exercise.words, "--out", str(folder), *more]
-    return subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}).returncode, folder
+    sys.argv = [str(script), *exercise.words, "--out", str(folder), *more]
+    sys.path[:0] = [str(ROOT)]
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as ended:
+        return ended.code or 0, folder
+    finally:
+        del sys.path[0]
+    return 0, folder
 
 
-def source_of(lesson: str) -> str:
-    """The hash of the code that decides a lesson's numbers."""
-    return environment("cpu", ROOT / f"{lesson}.py")["source"]
+def source_of(exercise: Exercise) -> str:
+    """A hash of the code that decides the numbers of the experiments that an exercise runs, before its change."""
+    text = (ROOT / f"{exercise.lesson}.py").read_bytes()
+    names = [name for name in experiments_in(text) if name in exercise.words] or experiments_in(text)
+    return hashlib.sha256(json.dumps(sources(names, text)).encode()).hexdigest()
 
 
 def keep(exercise: Exercise, folder: Path) -> None:
@@ -88,7 +98,7 @@ def keep(exercise: Exercise, folder: Path) -> None:
     text = re.sub(r"^!\[.*\n\n", "", summary, flags=re.MULTILINE)
     text = re.sub(r"^\*The lesson says.*?(?=^<|\Z)", "", text, flags=re.MULTILINE | re.DOTALL)
     head = f"# Exercise {exercise.number} of lesson {exercise.lesson[:2]}: {exercise.question}"
-    end = f"\nThe script before the change: source {source_of(exercise.lesson)}.\n"
+    end = f"\nThe script before the change: source {source_of(exercise)}.\n"
     path = FOLDER / "runs" / f"{exercise.lesson[:2]}-{exercise.number}.md"
     write_whole(path, lambda aside: aside.write_text(f"{head}\n\n#{text}{end}", encoding="utf-8"))
 
@@ -105,10 +115,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.keep and more:
             raise LessonError(f"--keep files the run that the page names; leave out: {' '.join(more)}")
         code, folder = run(exercise, more)
-    except LessonError as error:
+    except (LessonError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # the lesson has said so
+    except KeyboardInterrupt:  # before the lesson began, which says so itself
+        print("interrupted", file=sys.stderr)
         return 130
     if options.keep and code == 0:
         keep(exercise, folder)

@@ -1,11 +1,21 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from common import data
-from common.data import Batch, Dataset, LessonError, Task, derive, load, make_split, mislabel, stratified_order
+from common.data import (
+    Batch,
+    Dataset,
+    LessonError,
+    derive,
+    digest,
+    forget,
+    load,
+    load_digits,
+    make_split,
+    mislabel,
+    stratified_order,
+)
 
 DIGITS = load("digits")
 
@@ -15,9 +25,9 @@ def test_digits_are_the_real_ones():
     assert DIGITS.task == ((1, 8, 8), 10)
     assert DIGITS.x.min() == 0
     assert DIGITS.x.max() == 16
-    from sklearn.datasets import load_digits
+    from sklearn import datasets
 
-    found = load_digits()
+    found = datasets.load_digits()
     assert (DIGITS.x[:, 0] == found.images).all()
     assert (DIGITS.y == found.target).all()
 
@@ -119,76 +129,87 @@ def test_no_image_of_a_data_sets_own_test_part_counts_as_one_to_train_on():
         make_split(dataset, 0, 251)
 
 
+def images(*channels: np.ndarray) -> Dataset:
+    """200 images of 8 × 8 pixels with these channels."""
+    x = np.stack([np.broadcast_to(each, (200, 8, 8)) for each in channels], 1)
+    return Dataset(x, np.arange(200) % 4, validation=40, test=40)
+
+
+NOISE = np.random.default_rng(0).normal(size=(200, 8, 8))
+
+
+@pytest.mark.parametrize("constant", [0, 255, 0.1, 1e-9, -1e20, np.uint8(7)])
+def test_a_constant_channel_stays_at_zero_and_leaves_the_others_alone(constant):
+    """An alpha channel of 255, an empty blue one, and one whose mean is rounded."""
+    alone, beside = make_split(images(NOISE), 0), make_split(images(NOISE, np.asarray(constant)), 0)
+    for one, two in zip(alone, beside, strict=True):
+        assert torch.allclose(two.x[:, :1], one.x, atol=1e-5)
+        assert not two.x[:, 1].any()
+
+
+def test_a_channel_that_is_constant_only_where_it_is_trained_on_is_finite():
+    first = make_split(images(NOISE), 0)
+    blue = np.zeros((200, 8, 8))
+    split = make_split(images(NOISE, blue + (np.arange(200) == 199)[:, None, None]), 0)
+    assert all(part.x.isfinite().all() for part in split)
+    assert torch.allclose(split.train.x[:, :1], first.train.x, atol=1e-5)
+
+
+@pytest.mark.parametrize("pixel", [np.nan, np.inf, 1e200, 1e38])
+def test_what_the_network_would_see_is_finite_or_refused_in_one_line(pixel):
+    noise = NOISE.copy()
+    noise[:, 3, 3] = pixel
+    noise[::2, 3, 3] = -pixel
+    with pytest.raises(LessonError, match="NaN, infinity or too large numbers") as error:
+        make_split(images(noise), 0)
+    assert "\n" not in str(error.value)
+
+
+def test_ordinary_images_are_standardised_as_ever():
+    split, order = make_split(DIGITS, 0), make_split(DIGITS._replace(x=2 * DIGITS.x + 1), 0)
+    for part, other in zip(split, order, strict=True):
+        assert part.x.isfinite().all()
+        assert torch.allclose(part.x, other.x, atol=1e-5)
+
+
 def test_purposes_and_seeds_have_streams_of_their_own():
     seeds = {derive(seed, purpose) for seed in range(50) for purpose in ("split", "start", "batches", "masks")}
     assert len(seeds) == 200
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def saved(path: Path, **arrays: np.ndarray) -> str:
-    np.savez(path, **arrays)
-    return str(path)
+def test_a_data_set_is_known_by_its_content():
+    dataset = Dataset(np.arange(128.0).reshape(2, 1, 8, 8), np.arange(2), validation=1, test=1)
+    known = digest(dataset)
+    assert len(known) == 64
+    assert digest(dataset._replace(x=np.asfortranarray(dataset.x), y=dataset.y.copy())) == known
+    others = [
+        dataset._replace(x=dataset.x + (dataset.x == 127)),
+        dataset._replace(x=dataset.x.astype(np.float32)),
+        dataset._replace(x=dataset.x.reshape(2, 4, 4, 4)),
+        dataset._replace(x=dataset.x.view(np.int64)),
+        dataset._replace(y=1 - dataset.y),
+        dataset._replace(validation=0),
+        dataset._replace(test=0),
+        dataset._replace(own_test=1),
+    ]
+    assert len({known, *map(digest, others)}) == 9
+    assert digest(DIGITS) == digest(load_digits())
 
 
-def own_images(n: int = 200, shape: tuple[int, ...] = (3, 8, 8), classes: int = 4) -> dict[str, np.ndarray]:
-    return {"x": np.random.default_rng(0).normal(size=(n, *shape)), "y": np.arange(n) % classes}
-
-
-@pytest.mark.parametrize(("shape", "channels"), [((3, 8, 8), 3), ((12, 12), 1)])
-def test_your_own_images_come_from_a_file(tmp_path, monkeypatch, shape, channels):
+def test_a_data_set_is_read_once_until_it_is_forgotten(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "kept", {})
-    arrays = own_images(shape=shape)
-    dataset = load(saved(tmp_path / "own.npz", **arrays))
-    assert dataset.task == Task((channels, *shape[-2:]), 4)
-    assert (dataset.validation, dataset.test) == (40, 40)
-    split = make_split(dataset, 0)
-    assert [len(part.y) for part in split] == [120, 40, 40]
-    assert split.train.x.dtype == torch.float32
-    np.testing.assert_array_equal(dataset.x.reshape(arrays["x"].shape), arrays["x"])
+    path = tmp_path / "own.npz"
+    labels, x = np.arange(20) % 2, np.random.default_rng(0).random((20, 8, 8))
+    np.savez(path, x=x, y=labels)
+    first = load(str(path))
+    np.savez(path, x=x, y=1 - labels)
+    assert load(str(path)) is first
+    forget()
+    assert (load(str(path)).y == 1 - first.y).all()
 
 
-def test_a_fifth_is_held_out_up_to_a_limit(tmp_path):
-    dataset = data.load_npz(Path(saved(tmp_path / "own.npz", **own_images(12_000, (8, 8)))))
-    assert (dataset.validation, dataset.test) == (1000, 2000)
-
-
-@pytest.mark.parametrize(
-    ("arrays", "message"),
-    [
-        ({"x": np.zeros((20, 8, 8))}, r"x and y, as numpy.savez writes them, cannot be read from .*'y is not a file"),
-        (own_images() | {"y": np.arange(199) % 4}, r"has x \(200, 3, 8, 8\) and y \(199,\)"),
-        (own_images(shape=(8, 9)), "wanted"),
-        (own_images(shape=(4, 4)), "H ≥ 8"),
-        (own_images(shape=(64,)), "wanted"),
-        (own_images() | {"y": np.arange(200) % 4 + 1}, "must be whole numbers 0, 1, 2"),
-        (own_images() | {"y": np.arange(200) % 4 * 1.0}, "must be whole numbers"),
-        (own_images(classes=1), "must be whole numbers"),
-        (own_images() | {"x": np.full((200, 8, 8), np.nan)}, "hold NaN, infinity, or a channel of one colour"),
-        (own_images() | {"x": np.where(np.arange(64).reshape(8, 8) == 9, np.inf, own_images()["x"])}, "hold NaN, inf"),
-        (own_images() | {"x": own_images()["x"] * [[[1]], [[0]], [[1]]]}, "or a channel of one colour"),
-        (own_images() | {"x": np.full((200, 8, 8), 7, np.uint8)}, "or a channel of one colour"),
-        (own_images() | {"x": own_images()["x"] * 1e30}, "hold NaN, infinity"),  # whose squares are no float32
-        (own_images() | {"x": own_images()["x"] * 1e300}, "hold NaN, infinity"),
-        ({"x": np.zeros((0, 8, 8)), "y": np.zeros(0, int)}, r"has x \(0, 1, 8, 8\) and y \(0,\); wanted"),
-        ({"x": np.zeros((20, 0, 8, 8)), "y": np.arange(20) % 4}, r"has x \(20, 0, 8, 8\) and y \(20,\); wanted"),
-        (own_images() | {"x": np.full((200, 8, 8), "a")}, "wanted"),
-        ({"x": np.array([{}]), "y": np.array([0])}, "cannot be read from .* allow_pickle"),
-    ],
-)
-def test_a_file_that_holds_something_else_is_one_clear_line(tmp_path, arrays, message):
-    with pytest.raises(LessonError, match=message) as error:
-        data.load_npz(Path(saved(tmp_path / "own.npz", **arrays)))
-    assert "\n" not in str(error.value)
-
-
-def test_no_file_and_no_archive_are_one_clear_line(tmp_path):
-    with pytest.raises(LessonError, match=r"cannot be read from .*No such file"):
-        data.load_npz(tmp_path / "own.npz")
-    whole = Path(saved(tmp_path / "own.npz", **own_images(20))).read_bytes()
-    for content in (b"", b"hello", b"PK\x03\x04 and no more", whole[:-9], whole[:2000] + bytes(50) + whole[2050:]):
-        (tmp_path / "own.npz").write_bytes(content)
-        with pytest.raises(LessonError, match=r"as numpy\.savez writes them, cannot be read from") as error:
-            data.load_npz(tmp_path / "own.npz")
-        assert "\n" not in str(error.value)
-    with pytest.raises(LessonError, match="Is a directory"):
-        data.load_npz(tmp_path)
+def test_many_classes_in_few_bits_are_counted_in_python():
+    for kind, classes in ((np.int8, 128), (np.uint8, 256), (np.int64, 3)):
+        task = Dataset(np.zeros((1, 1, 8, 8)), np.array([0, classes - 1], kind), 1, 1).task
+        assert (task.classes, type(task.classes)) == (classes, int)

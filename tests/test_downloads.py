@@ -21,8 +21,9 @@ import torch
 from conftest import ROOT
 
 from common import data
-from common.data import LessonError, load_torchvision, make_split
+from common.data import LessonError, make_split
 from docs.record import read_record
+from readers.downloads import load_torchvision
 
 TRAIN, TEST = 60, 20
 REAL_URLOPEN = urllib.request.urlopen

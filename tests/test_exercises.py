@@ -1,7 +1,12 @@
 """The exercises: their changes fit the scripts, and their answers quote runs that are committed and fresh."""
 
 import ast
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -51,7 +56,7 @@ def test_the_change_fits_the_script_and_the_command_runs_what_there_is(exercise)
 def test_the_run_behind_the_answer_is_of_the_code_as_it_stands(exercise):
     name = f"{exercise.lesson[:2]} {exercise.number}"
     text = kept_run(exercise).read_text(encoding="utf-8")
-    assert f"source {exercises.source_of(exercise.lesson)}." in text, f"run: python -m exercises.repeat {name} --keep"
+    assert f"source {exercises.source_of(exercise)}." in text, f"run: python -m exercises.repeat {name} --keep"
     assert "10 seeds from 0" in text
     assert exercise.question in text
     for experiment in exercise.words[1:]:
@@ -139,6 +144,40 @@ def test_ctrl_c_is_no_traceback(monkeypatch):
     assert main(["14", "1"]) == 130
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals and process groups are POSIX's")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_whoever_ends_the_command_ends_the_lesson(number, code, tmp_path):
+    text = f"import sys; from pathlib import Path; from exercises import repeat; repeat.OUT = Path({str(tmp_path)!r})"
+    command = [sys.executable, "-c", f"{text}; sys.exit(repeat.main(['14', '1', '--longer', '50', '--jobs', '2']))"]
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, cwd=ROOT, **how) as process:
+        while "overfitting ---" not in process.stdout.readline():
+            pass
+        process.send_signal(number)
+        err = process.communicate(timeout=60)[1]
+    assert process.returncode == code
+    assert "Traceback" not in err
+    deadline = time.monotonic() + 30
+    while alive(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(process.pid)
+
+
+def alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(exercises, "OUT", tmp_path / "file")
+    assert main(["14", "1"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_run_is_kept_without_its_figures(tmp_path, monkeypatch):
     exercise = ALL[0]
     folder = tmp_path / exercise.lesson
@@ -149,4 +188,4 @@ def test_a_run_is_kept_without_its_figures(tmp_path, monkeypatch):
     exercises.keep(exercise, tmp_path)
     text = (tmp_path / "runs" / "14-1.md").read_text(encoding="utf-8")
     assert text.startswith(f"# Exercise 1 of lesson 14: {exercise.question}\n\n## T\n\nData.\n\n## a\n\nEnd\n")
-    assert text.endswith(f"source {exercises.source_of(exercise.lesson)}.\n")
+    assert text.endswith(f"source {exercises.source_of(exercise)}.\n")

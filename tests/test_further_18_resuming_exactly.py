@@ -16,7 +16,8 @@ from torch.optim import lr_scheduler
 
 from common.data import Task, derive, load, make_split
 from common.lab import Lab
-from common.lesson import parse, workers
+from common.lesson import parse
+from runner.workers import workers
 
 TASK = Task((1, 8, 8), 10)
 
@@ -150,8 +151,8 @@ def lab(tmp_path):
     options = parse("resuming_exactly", "", [], ["--seeds", "3", "--longer", "2", "--out", str(tmp_path)])
     options.out.mkdir(parents=True)
     with workers(0, "digits") as executor:
-        made = Lab("resuming_exactly", "", None, options)
-        made.executor, made.order, made.name, made.claims = executor, ["exactly"], "exactly", []
+        made = Lab("resuming_exactly", "", None, options, ["exactly"])
+        made.executor, made.name, made.claims = executor, "exactly", []
         made.entry = {"question": "?", "printed": "", "varies": [], "figures": [], "studies": []}
         yield made
 

@@ -21,9 +21,9 @@ from common import lab as laboratory
 from common import plotting
 from common.data import FOLDER, LessonError
 from common.lab import Lab, flatten, what_varies
-from common.lesson import workers
 from common.statistics import FAILS, HOLDS, NOT_JUDGED, UNCLEAR, interval
 from common.training import Recipe, fit
+from runner.workers import workers
 
 LONG = "a technique with a longer name"  # 30 characters
 
@@ -40,8 +40,8 @@ def make_lab(tmp_path):
     def make(**options) -> Lab:
         usual = {"dataset": "digits", "seeds": [0, 1], "device": "cpu", "quick": False, "longer": 1, "larger": 1}
         usual |= {"verbose": False, "only": None, "list": False, "jobs": 0, "first_seed": 0, "data_dir": FOLDER}
-        lab = Lab("fake", "A fake lesson", None, argparse.Namespace(**usual | {"out": tmp_path} | options))
-        lab.order, lab.executor = ["asked"], options.get("executor", pool)
+        lab = Lab("fake", "A fake lesson", None, argparse.Namespace(**usual | {"out": tmp_path} | options), ["asked"])
+        lab.executor = options.get("executor", pool)
         lab.run(asked)
         return lab
 
@@ -172,10 +172,124 @@ def test_a_seed_that_diverges_leaves_the_others_their_notes(lab):
     assert runs.test_accuracy.notnull().values.tolist() == [[True, False], [True, True]]
 
 
-def test_where_every_run_diverged_there_is_nothing_to_look_at(lab):
-    with pytest.raises(LessonError, match="every run diverged"):
-        lab.study(or_diverges, diverges=(True,), inspect=by_layer)
-    assert lab.study(or_diverges, diverges=(True,)).test_accuracy.isnull().all()
+@pytest.mark.parametrize("inspect", [None, by_layer])
+def test_where_every_run_diverged_there_is_nothing_to_look_at(lab, inspect):
+    with pytest.raises(LessonError, match="every run diverged, 0 of 2 at the start; look at data") as error:
+        lab.study(or_diverges, diverges=(True,), inspect=inspect)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["n", "mean", "grid", "best_epoch", "test_accuracy", "diverged_at", "seed"])
+def test_a_factor_may_not_be_called_like_a_result(lab, name):
+    with pytest.raises(LessonError, match="the name of a factor must be one that no result has; got"):
+        lab.study(lambda **named: SMALL, **{name: (1, 2)})
+
+
+@pytest.mark.parametrize("values", [("none", 0.5), (0.5, np.nan), (), "abc", (1, 1), iter((1, 2)), {"a": 1, 2: 2}])
+def test_the_labels_of_a_factor_are_different_words_or_numbers(lab, values):
+    with pytest.raises(LessonError, match="the values of p must be different words, or different numbers"):
+        lab.study(lambda p: SMALL, p=values)
+
+
+def returns_nothing(model: nn.Module, split) -> None:
+    """An inspection whose author forgot to return what it found."""
+
+
+def always_small(p: int) -> Recipe:
+    return SMALL
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ({"tune": ("p",)}, r"tune must be a dictionary; got \('p',\)"),
+        ({"tune": {"p": (1, 2)}}, "a setting to tune must be none of the factors; got"),
+        ({"inspect": returns_nothing}, "what inspect returns must be dict; got None"),
+    ],
+)
+def test_what_a_study_is_given_is_checked(lab, named, message):
+    with pytest.raises(LessonError, match=message):
+        lab.study(always_small, p=(1, 2), **named)
+
+
+def test_a_factor_of_true_and_false_has_rows_that_say_which(lab):
+    values = xr.DataArray([[1.0, 2.0], [3.0, 4.0]], {"norm": [True, False], "seed": [0, 1]}, attrs={"unit": "%"})
+    lab.table({"accuracy": values}, rows="norm")
+    rows = [line.split()[0] for line in lab.entry["printed"].splitlines() if line.strip()]
+    assert rows[-2:] == ["yes", "no"]
+
+
+class Dead(nn.Module):
+    """A network whose loss is not finite before its first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((64, 10), torch.inf))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1) @ self.weight
+
+
+def dead_network(task) -> nn.Module:
+    return Dead()
+
+
+def or_dead(dead: bool) -> Recipe:
+    return replace(SMALL, model=dead_network) if dead else SMALL
+
+
+def test_nothing_is_judged_in_an_experiment_with_a_run_that_was_dead_at_the_start(lab):
+    """A comparison of its missing numbers would be a confident no."""
+    runs = lab.study(or_dead, dead={"no": False, "yes": True})
+    lab.claim("All learn", "somebody", (runs.test_accuracy > 50).sel(dead="yes"), above=50)
+    lab.claim("One learns", "somebody", runs.test_accuracy.sel(dead="no"), above=20)
+    assert [claim["verdict"] for claim in lab.claims] == ["not judged", "not judged"]
+    assert "2 of 4 runs were dead at the start" in lab.entry["printed"]
+    lab.run(asked)
+    runs = lab.study(or_diverges, diverges=(True, False))
+    lab.claim("All learn", "somebody", (runs.test_accuracy > 50).sel(diverges=True), above=50)
+    assert [claim["verdict"] for claim in lab.claims] == ["unclear"]  # 0 of 2: judged
+
+
+def test_where_all_are_dead_at_the_start_it_is_said(lab):
+    with pytest.raises(LessonError, match="every run diverged, 2 of 2 at the start; look at data"):
+        lab.study(or_dead, dead=(True,))
+
+
+NOTHING = xr.DataArray(
+    np.full((2, 3, 2), np.nan),
+    {"arm": ["a", "b"], "p": [0.1, 0.2, 0.3], "seed": [0, 1]},
+    name="accuracy",
+    attrs={"unit": "points", "long_name": "accuracy"},
+)
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1]])
+def test_no_table_plot_or_claim_breaks_where_no_measurement_is_left(lab, seeds):
+    values = NOTHING.sel(seed=seeds)
+    for some in (values, values.fillna({"a": 1.0}.get("a")).where(values.arm == "a")):
+        lab.table(some, rows="arm", columns="p")
+        lab.table({"one": some.sel(p=0.1), "two": some.sel(p=0.2)}, rows="arm")
+        lab.sweep(some, x="p", hue="arm")
+        lab.curves(some, some, x="p", hue="arm", dashed=some)
+        lab.dots(some, some, y="p", hue="arm")
+        lab.heat(some, some, x="p", y="arm")
+    lab.claim("Something", "somebody", values.sel(arm="a", p=0.1), above=0)
+    assert lab.claims[-1]["verdict"] == "unclear"
+    assert "–" in lab.entry["printed"]
+    assert "nan" not in lab.entry["printed"].lower()
+    assert len(lab.entry["figures"]) == 8
+
+
+@pytest.mark.parametrize("other", [NOTHING.isel(arm=[1, 0]), NOTHING.isel(arm=[0]), NOTHING.assign_coords(arm=[1, 2])])
+def test_arrays_of_other_rows_do_not_share_a_table_or_a_legend(lab, other):
+    one = NOTHING.sel(p=0.1)
+    with pytest.raises(LessonError, match=r"arm, which several arrays share, must be .*in all of them; got"):
+        lab.table({"one": one, "two": other.sel(p=0.1)}, rows="arm")
+    with pytest.raises(LessonError, match="arm, which several arrays share"):
+        lab.curves(NOTHING, other, x="p", hue="arm")
+    with pytest.raises(LessonError, match="arm, which several arrays share"):
+        lab.dots(NOTHING, other, y="arm")
 
 
 @pytest.mark.parametrize("seeds", [[0], [3, 1, 2]])

@@ -1,13 +1,17 @@
 """The command line that all lessons share, on a lesson small enough to run in a moment."""
 
+import gc
 import importlib.util
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,11 +27,16 @@ from recipes import DIVERGES, SMALL, tensors
 from common import data
 from common import lab as laboratory
 from common import lesson as command_line
-from common.data import Dataset
+from common.data import Dataset, load, make_split
 from common.lab import Lab
-from common.lesson import Lesson, parse, workers
+from common.lesson import Lesson, parse
 from common.training import Recipe, fit, split_for
 from docs import record
+from docs.sources import read_file
+from readers import downloads
+from runner import notebooks
+from runner import workers as workers_module
+from runner.workers import warm_up, workers
 
 NAME = Path(__file__).stem
 
@@ -73,7 +82,7 @@ def lesson_of(*experiments) -> Lesson:
 @contextmanager
 def a_thread(jobs: int, dataset: str, folder: Path):
     """Instead of workers, where a test does not ask for them: no process has to be forked."""
-    command_line.warm_up(dataset, folder)
+    warm_up(dataset, folder)
     with ThreadPoolExecutor(1) as pool:
         yield pool
 
@@ -224,15 +233,45 @@ def test_only_renews_one_experiment_and_keeps_the_others(run):
     assert read(folder)["seconds"] == pytest.approx(sum(entry["seconds"] for entry in experiments.values()), rel=1e-4)
 
 
-def test_a_run_keeps_what_another_one_files_meanwhile(run, tmp_path):
-    def longer(lab: Lab) -> None:
-        """What if another run files an experiment meanwhile?"""
-        lesson_of(longer, second, third).main(["--out", str(tmp_path / "out"), "--seeds", "1", "--only", "second"])
+def meanwhile(lab: Lab) -> None:
+    """What if another run begins meanwhile?"""
+    words = ["--out", str(lab.options.out.parent), "--seeds", "2", "--only", "third"]
+    with pytest.raises(SystemExit, match="2"):
+        lesson_of(meanwhile, second, third).main(words)
 
-    *_, folder = run("--seeds", "1", "--only", "longer", "third", experiments=(longer, second, third))
-    assert list(read(folder)["experiments"]) == ["longer", "second", "third"]
-    assert [claim["id"] for claim in read(folder)["claims"]] == ["second-1"]
+
+def test_a_second_run_into_one_folder_is_refused_in_one_line(run):
+    """And the first goes on; when it has ended, others may."""
+    code, _, err, folder = run("--seeds", "1", experiments=(meanwhile, third))
+    assert code == 0
+    assert err == f"error: another run writes to {folder}; wait for its end, or choose another place with --out\n"
+    assert list(read(folder)["experiments"]) == ["meanwhile", "third"]
+    assert run("--seeds", "1", "--only", "third", experiments=(meanwhile, third))[0] == 0
+    assert list(read(folder)["experiments"]) == ["meanwhile", "third"]
     assert not list(folder.glob("previous*"))
+    assert not (folder / ".lock").exists()
+
+
+def test_two_runs_into_one_folder_from_two_processes(tmp_path):
+    """The first is killed in the middle: its claim ends with it."""
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW, encoding="utf-8")
+    command = [sys.executable, str(script), "--out", str(tmp_path / "out"), "--jobs", "1"]
+    around = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=around, stdout=subprocess.PIPE, text=True) as one:
+        while "slow ---" not in one.stdout.readline():
+            pass
+        two = subprocess.run(command, env=around, capture_output=True, text=True)
+        assert two.returncode == 2
+        assert two.stderr.startswith("error: another run writes to ")
+        assert two.stderr.count("\n") == 1
+        one.kill()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:  # its worker ends when it notices that its parent is gone
+        three = subprocess.run([*command, "--only", "fast"], env=around, capture_output=True, text=True)
+        if three.returncode == 0:
+            break
+    assert three.returncode == 0, three.stderr
 
 
 def test_experiments_stand_in_the_lessons_order_whatever_was_run_first(run):
@@ -272,6 +311,32 @@ def test_a_claim_that_is_gone_is_gone_when_its_experiment_is_run_again(run):
     *_, folder = run("--seeds", "1", "--only", "second", experiments=(first, second))
     assert read(folder)["claims"] == []
 
+
+SLOW = '''"""A lesson that takes its time."""
+
+from time import sleep
+
+from common.lab import Lab
+from common.lesson import Lesson
+
+lesson = Lesson("slow", "A slow lesson")
+
+
+@lesson.experiment
+def slow(lab: Lab) -> None:
+    """Is it slow?"""
+    print(flush=True)
+    sleep(60)
+
+
+@lesson.experiment
+def fast(lab: Lab) -> None:
+    """Is it fast?"""
+
+
+if __name__ == "__main__":
+    lesson.main()
+'''
 
 SCRIPT = '''"""A lesson in a file of its own."""
 
@@ -325,10 +390,12 @@ def test_a_changed_script_sets_its_old_results_aside(run_file):
 
 
 def test_changed_plumbing_sets_old_results_aside(run_file, tmp_path):
-    run_file("99_fake")
-    with (tmp_path / "common" / "training.py").open("a") as file:
-        file.write("\nEPOCHS = 3\n")
-    assert (run_file("99_fake") / "99_fake" / "previous-1" / "results.json").exists()
+    text = SCRIPT.replace("    lab.say", "    lab.sized\n    lab.say")
+    run_file("99_fake", text)
+    path = tmp_path / "common" / "lab.py"
+    path.write_text(path.read_text(encoding="utf-8").replace("longer * recipe.epochs", "3"), encoding="utf-8")
+    read_file.cache_clear()
+    assert (run_file("99_fake", text) / "99_fake" / "previous-1" / "results.json").exists()
 
 
 # Wrong words
@@ -418,7 +485,7 @@ def test_a_file_of_ones_own_that_is_not_there_is_one_line(run):
     code, out, err, folder = run("--dataset", "no-such-file.npz")
     assert (code, out) == (2, "")
     assert_one_line(err)
-    assert "cannot be read from no-such-file.npz ([Errno 2] No such file or directory" in err
+    assert "no-such-file.npz: cannot be read ([Errno 2] No such file or directory" in err
     assert not list(folder.iterdir())
 
 
@@ -449,7 +516,7 @@ def test_sizes_for_a_larger_data_set_are_set_on_the_command_line(run, monkeypatc
     rng = np.random.default_rng(0)
     made_up = Dataset(rng.integers(0, 256, (600, 1, 8, 8), np.uint8), np.arange(600) % 10, 100, 100)
     monkeypatch.setattr(data, "kept", {})
-    monkeypatch.setattr(data, "load_torchvision", lambda name, folder: made_up)
+    monkeypatch.setattr(downloads, "load_torchvision", lambda name, folder: made_up)
     asked = []
 
     def noting(recipe, *others):
@@ -504,6 +571,27 @@ def test_a_folder_in_which_no_file_can_be_made_is_told_before_the_training(run, 
     assert (code, out) == (1, "")
     assert_one_line(err)
     assert "Permission denied" in err
+
+
+def test_a_mistake_of_the_readers_own_keeps_its_traceback(run, tmp_path):
+    """And is not put down to the folder of results."""
+
+    def reads(lab: Lab) -> None:
+        """What if a file of the reader's is not there?"""
+        (tmp_path / "missing.txt").read_text()
+
+    with pytest.raises(FileNotFoundError):
+        run("--seeds", "1", experiments=(reads,))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("words", [("--list",), ("--quick", "--only", "wrong_mode")])
+def test_a_full_disk_behind_standard_output_is_told_as_such(words, tmp_path):
+    command = [sys.executable, str(ROOT / "14_dropout_regularization.py"), *words, "--out", str(tmp_path)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: standard output: No space left on device\n"
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(run, monkeypatch):
@@ -563,7 +651,7 @@ def kills_a_worker(lab: Lab) -> None:
 def test_a_killed_worker_is_one_line(run, monkeypatch):
     monkeypatch.setattr(command_line, "workers", workers)
     code, _, err, folder = run("--seeds", "1", "--jobs", "1", experiments=(third, kills_a_worker))
-    assert (code, err) == (1, "error: a worker process was killed (out of memory?); try --jobs 1\n")
+    assert (code, err) == (1, "error: a worker process ended with exit code 1\n")
     assert list(read(folder)["experiments"]) == ["third"]
     assert not active_children()
 
@@ -649,6 +737,233 @@ def test_no_jobs_are_a_thread_of_this_process():
         assert pool.submit(os.getpid).result() == os.getpid()
 
 
+class OddError(Exception):
+    """An error that cannot be made anew from its text alone, as many a library's."""
+
+    def __init__(self, code: int, what: str) -> None:
+        super().__init__(f"{what} ({code})")
+
+
+def odd(lab: Lab) -> None:
+    """What if a worker's error cannot be sent back?"""
+    lab.study(raises_odd)
+
+
+def raises_odd() -> Recipe:
+    return replace(SMALL, loss=odd_loss)
+
+
+def odd_loss(model, x, y):
+    raise OddError(3, "an odd error")
+
+
+def test_an_error_of_a_worker_that_cannot_be_pickled_is_told(run, monkeypatch):
+    """And is no death of the worker."""
+    monkeypatch.setattr(command_line, "workers", workers)
+    with pytest.raises(RuntimeError, match=r"an odd error \(3\)"):
+        run("--seeds", "1", "--jobs", "1", experiments=(odd,))
+
+
+@pytest.mark.parametrize(
+    ("ends", "how"),
+    [
+        (partial(os._exit, 3), "with exit code 3"),
+        (partial(signal.raise_signal, signal.SIGKILL), "by signal 9 (Killed); out of memory? try --jobs 1"),
+        (partial(signal.raise_signal, signal.SIGUSR1), "by signal 10 (User defined signal 1)"),
+    ],
+)
+def test_a_worker_that_ends_is_told_with_its_exit_code_or_signal(ends, how):
+    """Whatever happened to those beside it."""
+
+    def go() -> None:
+        with workers(2, "digits") as pool:
+            pool.submit(ends).result()
+
+    with pytest.raises(BrokenProcessPool) as error:
+        go()
+    assert str(error.value) == f"a worker process ended {how}"
+    assert not active_children()
+
+
+def test_processes_of_the_readers_own_are_left_alone():
+    own = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    own.start()
+    try:
+        with pytest.raises(KeyboardInterrupt), workers(2, "digits"):
+            raise KeyboardInterrupt
+        assert active_children() == [own]
+        assert own.is_alive()
+    finally:
+        own.kill()
+        own.join()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), NotImplementedError("no semaphores")])
+def test_where_no_process_can_be_started_one_training_runs_at_a_time(monkeypatch, capsys, error):
+    """No shared memory, no semaphores, a limit on processes: the run goes on, and says so."""
+
+    def refuse(*arguments, **named):
+        raise error
+
+    monkeypatch.setattr(workers_module, "ProcessPoolExecutor", refuse)
+    with workers(2, "digits") as pool:
+        assert pool.submit(os.getpid).result() == os.getpid()
+    told = f"no worker process can be started ({error}); one training at a time, here\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_worker_that_is_ended_politely_is_told_without_a_cause_that_nobody_knows():
+    def go() -> None:
+        with workers(2, "digits") as pool:
+            pool.submit(signal.raise_signal, signal.SIGTERM).result()
+
+    with pytest.raises(BrokenProcessPool, match="was ended by somebody, or sent what cannot be read"):
+        go()
+
+
+def test_without_processes_an_error_does_not_wait_for_what_has_not_begun():
+    begun = []
+
+    def go() -> None:
+        with workers(0, "digits") as pool:
+            for i in range(50):
+                pool.submit(lambda i=i: (begun.append(i), time.sleep(0.05)))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    assert len(begun) < 10
+
+
+def leaves(lab: Lab) -> None:
+    """What if an experiment ends the program?"""
+    sys.exit()
+
+
+def test_an_experiment_that_ends_the_program_is_no_success(run):
+    code, _, err, folder = run("--seeds", "1", experiments=(third, leaves))
+    assert (code, err) == (1, "error: an experiment or a hook called sys.exit; third finished\n")
+    assert list(read(folder)["experiments"]) == ["third"]
+
+
+def test_two_experiments_of_one_name_are_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        lesson_of(third, third)
+    assert capsys.readouterr().err == "error: two experiments are called third\n"
+
+
+def test_a_decorated_experiment_stands_in_its_own_file(run):
+    code, _, _, folder = run("--seeds", "1", experiments=(torch.no_grad()(third),))
+    assert code == 0
+    assert folder.name == NAME
+    assert list(read(folder)["experiments"]) == ["third"]
+
+
+def test_a_script_that_changes_while_it_runs_is_filed_as_it_began(run_file, tmp_path):
+    """And not under the hash of code that nobody ran; one that is gone is no error."""
+    text = SCRIPT.replace("    lab.say", "    Path(__file__).write_text('x = 1')\n    lab.say")
+    text = text.replace("from common.lab", "from pathlib import Path\n\nfrom common.lab")
+    out = run_file("99_fake", text)
+    first = read(out / "99_fake")["experiments"]["only_one"]["source"]
+    run_file("99_fake", text)
+    assert read(out / "99_fake")["experiments"]["only_one"]["source"] == first
+    assert not list(out.glob("*/previous*"))
+    gone = text.replace("write_text('x = 1')", "unlink()")
+    assert "It is." in (run_file("gone", gone) / "gone" / "summary.md").read_text()
+
+
+def test_jobs_are_bounded_by_what_windows_allows(tmp_path):
+    assert parse("lesson", "", ["a"], ["--jobs", "1000", "--out", str(tmp_path)]).jobs == 61
+
+
+@pytest.mark.parametrize(("platform", "file", "jobs"), [("linux", None, 3), ("win32", None, 0), ("win32", __file__, 3)])
+def test_spawned_workers_need_a_file_to_import(monkeypatch, tmp_path, platform, file, jobs):
+    """A console and standard input have none."""
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", file, raising=False)
+    assert parse("lesson", "", ["a"], ["--jobs", "3", "--out", str(tmp_path)]).jobs == jobs
+
+
+SPAWNS = """
+import sys
+from types import SimpleNamespace
+
+import common.lesson
+import runner.workers
+
+there = {name: getattr(sys, name) for name in ("argv", "exit", "modules", "stdout", "stderr")}
+common.lesson.sys = runner.workers.sys = SimpleNamespace(platform="darwin", **there)
+"""
+
+
+def test_a_script_without_the_guard_runs_where_workers_are_spawned(tmp_path):
+    script = tmp_path / "no_guard.py"
+    text = SCRIPT.replace('lab.say("It is.")', "lab.say(str(lab.executor.submit(abs, -7).result()))")
+    text = text.replace("\nlesson =", f"{SPAWNS}\nlesson =")
+    script.write_text(f"{text}\nlesson.main()\n", encoding="utf-8")
+    command = [sys.executable, str(script), "--seeds", "1", "--jobs", "1", "--out", str(tmp_path / "out")]
+    around = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=around, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\n7\n" in done.stdout
+
+
+# What is put back
+
+
+def test_what_belongs_to_the_readers_kernel_is_put_back(run, monkeypatch):
+    torch.manual_seed(3)
+    wanted = torch.rand(3)
+    torch.manual_seed(3)
+    torch.backends.mha.set_fastpath_enabled(True)
+    frozen = gc.get_freeze_count()
+    monkeypatch.setattr(command_line, "workers", workers)
+    for jobs in ("1", "2"):
+        assert run("--seeds", "1", "--only", "first", "--jobs", jobs)[0] == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(command_line, "workers", a_thread)
+        assert run("--seeds", "1", "--only", "second")[0] == 0
+    assert torch.equal(torch.rand(3), wanted)
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert gc.get_freeze_count() == frozen
+
+
+def test_a_file_that_was_corrected_is_read_anew_in_the_same_process(run, tmp_path):
+    seen, path = [], tmp_path / "own.npz"
+
+    def look(lab: Lab) -> None:
+        """What is in the file?"""
+        own = make_split(load(lab.options.dataset), 0).train
+        stacked = split_for(lab.options.dataset, (0,), None, 0.0, "cpu").train
+        seen.append((own.y.unique().tolist(), stacked.y.unique().tolist()))
+
+    for classes in (2, 3):
+        np.savez(path, x=np.random.default_rng(0).normal(size=(90, 8, 8)), y=np.arange(90) % classes)
+        assert run("--seeds", "1", "--dataset", str(path), experiments=(look,))[0] == 0
+    assert seen == [([0, 1], [0, 1]), ([0, 1, 2], [0, 1, 2])]
+
+
+# Whose the arguments are
+
+
+@pytest.mark.parametrize(("program", "listed"), [(__file__, True), ("ipykernel_launcher.py", False), ("", False)])
+def test_the_arguments_are_the_scripts_own_if_it_is_what_runs(tmp_path, monkeypatch, capsys, program, listed):
+    """And not those of a kernel, a console or a test that imports it."""
+    ran = []
+
+    def third(lab: Lab) -> None:
+        """Does this run?"""
+        ran.append(lab.options)
+
+    monkeypatch.setattr(sys, "argv", [program, "--list"])
+    monkeypatch.setattr(command_line, "workers", a_thread)
+    defaults = ["--seeds", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(command_line, "parse", lambda *given: parse(*given[:3], [*given[3], *defaults]))
+    lesson_of(third).main()
+    assert ("third: Does this run?" in capsys.readouterr().out) == listed
+    assert bool(ran) != listed
+
+
 # Notebooks
 
 
@@ -656,7 +971,8 @@ def test_no_jobs_are_a_thread_of_this_process():
 def notebook(monkeypatch, tmp_path, capsys):
     """A lesson in the cells of a notebook."""
     monkeypatch.setattr(command_line, "workers", a_thread)
-    monkeypatch.setattr(command_line, "in_cell", lambda function: True)
+    for module in (command_line, notebooks):
+        monkeypatch.setattr(module, "in_cell", lambda function: True)
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     lesson = Lesson("99_notebook", "A fake lesson")
     lesson.arguments = ["--seeds", "1", "--out", str(tmp_path)]

@@ -11,8 +11,10 @@ from common.report import measured
 from common.statistics import FAILS, HOLDS, UNCLEAR
 
 FURTHER = [f"further/{path.stem}" for path in FURTHER_SCRIPTS]
+HELPERS = [f"further/{path.stem}" for path in sorted((ROOT / "further").glob("_[a-z]*.py"))]  # no scripts
 PARTS = [*LESSONS, *FURTHER]
-MOST_LINES = dict.fromkeys(LESSONS, 520) | dict.fromkeys(FURTHER, 200)
+READ = [*PARTS, *HELPERS]
+MOST_LINES = dict.fromkeys(LESSONS, 520) | dict.fromkeys([*FURTHER, *HELPERS], 200)
 MOST_LINES["14_dropout_regularization"] = 480
 MOST_CLAIMS = dict.fromkeys(LESSONS, 20) | dict.fromkeys(FURTHER, 8)
 MOST_CLAIMS |= {"14_dropout_regularization": 16, "15_regularization_techniques_detailed": 24}
@@ -50,13 +52,13 @@ def length(node: ast.FunctionDef) -> int:
     return node.end_lineno - node.lineno + 1
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", READ)
 def test_a_script_is_short_and_narrow(part):
     lines = source(part).splitlines()
     assert len(lines) <= MOST_LINES[part]
     assert max(map(len, lines)) <= 100
     assert ".squeeze()" not in source(part)  # of one seed it would take the dimension, too
-    assert max(map(length, experiments(part))) <= 25
+    assert max(map(length, experiments(part)), default=0) <= 25
     assert len(experiments(part)) <= 8
 
 
@@ -66,7 +68,15 @@ def test_the_plumbing_is_short():
     assert max(len(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()) <= 120
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(("folder", "most"), [("readers", 300), ("runner", 400)])
+def test_what_meets_the_outside_is_short(folder, most):
+    """The reading of files, and processes and terminals."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / folder).glob("*.py"))]
+    assert 0 < sum(len(text.splitlines()) for text in texts) <= most
+    assert max(len(line) for text in texts for line in text.splitlines()) <= 120
+
+
+@pytest.mark.parametrize("part", READ)
 def test_the_code_is_slow_reading(part):
     """Few comprehensions, none in another; no f-string with a condition."""
     tree = ast.parse(source(part))
@@ -99,7 +109,7 @@ def apart(text: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", READ)
 def test_no_name_is_taken_apart(part):
     assert apart(source(part)) == []
 
@@ -223,7 +233,8 @@ def test_verdicts_outlive_four_times_the_training_and_fresh_seeds(part, folder):
     record, reference = stored(part, folder), stored(part)
     longer = (4, 0) if folder == LONGER else (1, 100)
     assert (record["settings"]["longer"], record["settings"]["seeds"][0]) == longer
-    assert record["environment"]["source"] == reference["environment"]["source"]
+    for name, entry in record["experiments"].items():
+        assert entry["source"] == reference["experiments"][name]["source"], name
     decided = verdicts(part, folder)
     assert sum(a == b for a, b in decided) >= 0.95 * len(decided)
     assert not [pair for pair in decided if set(pair) == {HOLDS, FAILS}]

@@ -14,7 +14,7 @@ from PIL import Image
 from common.lesson import parse
 from common.statistics import FAILS, HOLDS, UNCLEAR, interval, judge
 from docs import editorial, readme, record
-from exercises.repeat import source_of
+from docs.sources import experiments_in, sources
 
 RESULTS = readme.load_results()
 FASHION = readme.load_results(dataset=readme.FASHION)
@@ -100,6 +100,15 @@ HEADLINES = {
 }
 
 
+def sources_of(found: dict) -> dict[str, str]:
+    return {name: entry["source"] for name, entry in found["experiments"].items()}
+
+
+def sources_now(script: Path) -> dict[str, str]:
+    text = script.read_bytes()
+    return sources(experiments_in(text), text)
+
+
 def test_every_lesson_has_its_reference_run():
     assert sorted(RESULTS) == LESSONS
     assert sorted(HEADLINES) == LESSONS
@@ -108,26 +117,29 @@ def test_every_lesson_has_its_reference_run():
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_results_come_from_the_code_as_it_stands(lesson):
     fresh = f"results/{lesson} is older than the code; run: python {lesson}.py --out results"
-    assert RESULTS[lesson]["environment"]["source"] == source_of(lesson), fresh
+    now = sources_now(ROOT / f"{lesson}.py")
+    assert sources_of(RESULTS[lesson]) == now, fresh
     again = f"python {lesson}.py --dataset fashion-mnist --out results/fashion-mnist"
-    assert FASHION[lesson]["environment"]["source"] == source_of(lesson), again
+    assert sources_of(FASHION[lesson]) == now, again
 
 
 @pytest.mark.parametrize("script", FURTHER_SCRIPTS, ids=lambda script: script.stem)
 def test_results_of_further_come_from_the_code_as_it_stands(script):
     found = record.read_record(ROOT / "results" / script.stem / "results.json")
     fresh = f"python -m further.{script.stem} --out results"
-    assert found["environment"]["source"] == record.environment("cpu", script)["source"], fresh
+    assert sources_of(found) == sources_now(script), fresh
     assert found["settings"]["seeds"] == list(range(10))
     assert list(found["experiments"]) == list(load_script(f"further/{script.name}").lesson.experiments)
     folder = ROOT / "results" / script.stem
-    assert (folder / "summary.md").read_text(encoding="utf-8") == record.summary(found, script)
+    assert (folder / "summary.md").read_text(encoding="utf-8") == record.summary(
+        found, script.read_text(encoding="utf-8")
+    )
 
 
 def summary(lesson: str, folder: Path) -> str:
     """The page that is made of results.json."""
     found = record.read_record(folder / "results.json")
-    return record.summary(found, ROOT / f"{lesson}.py")
+    return record.summary(found, (ROOT / f"{lesson}.py").read_text(encoding="utf-8"))
 
 
 def names(lesson: str) -> list[str]:

@@ -895,22 +895,136 @@ def test_schedule_is_told_how_often_it_will_be_stepped():
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "wanted"),
     [
-        {"schedule_every": "step"},
-        {"label_noise": 2.0},
-        {"label_noise": -0.1},
-        {"label_noise": math.nan},
-        {"batch_size": 0},
-        {"epochs": -1},
-        {"evaluations": 0},
+        ({"schedule_every": "step"}, "'epoch' or 'batch'; got 'step'"),
+        ({"label_noise": 2.0}, "a share from 0 to 1; got 2.0"),
+        ({"label_noise": -0.1}, "a share from 0 to 1; got -0.1"),
+        ({"label_noise": math.nan}, "a share from 0 to 1; got nan"),
+        ({"label_noise": "0.2"}, "a share from 0 to 1; got '0.2'"),
+        ({"label_noise": None}, "a share from 0 to 1; got None"),
+        ({"batch_size": 0}, "a whole number from 1; got 0"),
+        ({"batch_size": True}, "a whole number from 1; got True"),
+        ({"batch_size": 2.5}, "a whole number from 1; got 2.5"),
+        ({"epochs": -1}, "a whole number from 0; got -1"),
+        ({"epochs": "3"}, "a whole number from 0; got '3'"),
+        ({"epochs": None}, "a whole number from 0; got None"),
+        ({"evaluations": 0}, "a whole number from 1; got 0"),
+        ({"examples": 0}, "a whole number from 1; got 0"),
+        ({"examples": 10.0}, "a whole number from 1; got 10.0"),
+        ({"model": nn.Linear(3, 4)}, "a function that builds one; got Linear(in_features=3, out_features=4"),
+        ({"optimizer": torch.optim.SGD([torch.zeros(1)])}, "a function that builds one; got SGD ( Parameter Group 0"),
+        ({"schedule": 3}, "a function that builds one; got 3"),
+        ({"loss": None}, "a function; got None"),
+        ({"loss": nn.CrossEntropyLoss()}, "a function; got CrossEntropyLoss()"),
+        ({"after_step": [1]}, "a function; got [1]"),
     ],
 )
-def test_a_recipe_refuses_bad_values_in_one_line(wrong):
-    with pytest.raises(LessonError, match="a recipe needs") as error:
+def test_a_recipe_refuses_bad_values_in_one_line(wrong, wanted):
+    with pytest.raises(LessonError) as error:
         replace(SMALL, **wrong)
+    assert str(error.value).startswith(f"a recipe's {next(iter(wrong))} must be {wanted}")
     assert "\n" not in str(error.value)
-    assert f"{next(iter(wrong))}={next(iter(wrong.values()))!r}" in str(error.value)
+    assert len(str(error.value)) < 140
+
+
+@pytest.mark.parametrize("right", [{"epochs": np.int64(2)}, {"examples": None}, {"label_noise": 1}, {"schedule": None}])
+def test_a_recipe_takes_any_whole_number_and_leaves_out_what_may_be_left_out(right):
+    replace(SMALL, **right)
+
+
+def untrained(task) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).requires_grad_(False)
+
+
+def few_logits(task) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+
+
+def no_parameters(task) -> nn.Module:
+    return nn.Flatten()
+
+
+def pictures(task) -> nn.Module:
+    return nn.Conv2d(1, 10, 3)
+
+
+class Pair(nn.Linear):
+    """A network with two outputs."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(1)), x
+
+
+def two_outputs(task) -> nn.Module:
+    return Pair(64, 10)
+
+
+def a_number(model, x, y):
+    return F.cross_entropy(model(x), y).item()
+
+
+def without_reduction(model, x, y):
+    return F.cross_entropy(model(x), y, reduction="none")
+
+
+def without_gradient(model, x, y):
+    return F.cross_entropy(model(x), y).detach()
+
+
+LOSS = r"a recipe's loss must be one number, a tensor \(\) that depends on a parameter to train; got"
+LOGITS = r"a network's output must be \(\d+, 10\), a logit for each class; got a tensor \(\d+, "
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1]])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"model": lambda task: "a network"}, "a recipe's model must be Module; got 'a network'"),
+        ({"model": no_parameters}, "a recipe's model must be a network with parameters; got Flatten"),
+        ({"model": few_logits}, LOGITS),
+        ({"model": pictures}, LOGITS),
+        ({"model": two_outputs}, "a network's output must be Tensor; got"),
+        ({"optimizer": lambda parameters: list(parameters)}, "what a recipe's optimizer builds must be Optimizer; got"),
+        ({"schedule": lambda optimizer, steps: 3}, "what a recipe's schedule builds must be LRScheduler; got 3"),
+        ({"loss": without_reduction}, LOSS),
+        ({"loss": without_gradient}, LOSS),
+    ],
+)
+def test_what_a_recipe_builds_is_checked_where_it_is_built(wrong, message, seeds):
+    with pytest.raises(LessonError, match=f"^{message}") as error:
+        fit(replace(SMALL, **wrong), seeds)
+    assert "\n" not in str(error.value)
+
+
+def test_a_loss_that_is_no_tensor_is_told():
+    with pytest.raises(LessonError, match=r"^a recipe's loss must be Tensor; got \d"):
+        fit(replace(SMALL, loss=a_number), [0])
+
+
+def test_a_plateau_is_followed_by_epoch():
+    recipe = replace(SMALL, schedule=lambda optimizer, steps: ReduceLROnPlateau(optimizer), schedule_every="batch")
+    with pytest.raises(LessonError, match="schedule_every='epoch'"):
+        fit(recipe, [0])
+
+
+class Overflows(nn.Module):
+    """A network whose logits are not finite before the first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((64, 10), 1e38))
+
+    def forward(self, x):
+        return (100 * x.flatten(1)) @ self.weight
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1]])
+def test_a_run_that_is_dead_at_the_start_is_known_as_such_and_warns_of_nothing(seeds):
+    ((found, _),) = fit(replace(SMALL, model=lambda task: Overflows()), seeds)
+    assert found["diverged_at"][1].tolist() == [0] * len(seeds)
+    for name in ("train_loss", "test_accuracy", "gap", "best_epoch"):
+        assert np.isnan(found[name][1]).all()
 
 
 # No step waits for a device: PyTorch's meta device has shapes and no numbers, so what asks for a number, or carries one

@@ -1,0 +1,1 @@
+"""How a lesson runs on this machine: its processes, and what it leaves as it was."""
